@@ -1,0 +1,85 @@
+"""Configuration of an MLP speculator, in the keys of the published `mlp_speculator` checkpoints."""
+
+import math
+
+from transformers import PreTrainedConfig
+
+
+# Candidates that the published checkpoints draft: [5, 3, 2] for three heads, then two children per node.
+_PUBLISHED_TOP_K = [5, 3]
+
+
+class MLPSpeculatorConfig(PreTrainedConfig):
+    """Shape and dials of a combined token/embedding speculator (arXiv 2404.19124).
+
+    Args:
+        vocab_size: vocabulary of the base model.
+        emb_dim: hidden size of the base model, the width of a context vector.
+        inner_dim: width of the speculator's state; 0 means `emb_dim`.
+        n_predict: number of heads, the most tokens that a draft can hold.
+        top_k_tokens_per_head: children per node, one number a head; a dial, read at each call.
+            Default: 5, 3, then 2 for every further head.
+        n_candidates: drafted sequences to verify; a dial, read at each call. 0 turns speculation off.
+        tie_weights: share embedding, head and norm among all heads, and the projection among all but the first.
+        scale_input: normalise the context vector before the first head.
+        base_model_name_or_path: the base model that the speculator was trained for.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    model_type = "mlp_speculator"
+    attribute_map = {"hidden_size": "emb_dim", "tie_word_embeddings": "tie_weights"}
+
+    vocab_size: int = 32000
+    emb_dim: int = 4096
+    inner_dim: int = 0
+    n_predict: int = 3
+    top_k_tokens_per_head: list[int] | None = None
+    n_candidates: int = 5
+    tie_weights: bool = False
+    scale_input: bool = False
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self, **kwargs):
+        for name, least in (("vocab_size", 1), ("emb_dim", 1), ("inner_dim", 0), ("n_predict", 1)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
+        if self.top_k_tokens_per_head is None:
+            self.top_k_tokens_per_head = (_PUBLISHED_TOP_K + [2] * self.n_predict)[: self.n_predict]
+        self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
+        self.check_dials(self.top_k_tokens_per_head, self.n_candidates)
+        super().__post_init__(**kwargs)
+
+    def check_dials(self, top_k_tokens_per_head: list[int], n_candidates: int) -> None:
+        """Raises a ValueError where the drafting dials don't fit this speculator or one another."""
+        top_k = top_k_tokens_per_head
+        if len(top_k) != self.n_predict:
+            raise ValueError(
+                f"`top_k_tokens_per_head` needs one number for each of the {self.n_predict} heads (`n_predict`), "
+                f"but is {top_k}: {len(top_k)} given."
+            )
+        if not all(_is_int(k) and 1 <= k <= self.vocab_size for k in top_k):
+            raise ValueError(
+                f"`top_k_tokens_per_head` must hold integers between 1 and the vocabulary's {self.vocab_size}, "
+                f"but is {top_k}."
+            )
+        if not _is_int(n_candidates) or not 0 <= n_candidates <= math.prod(top_k):
+            raise ValueError(
+                f"`n_candidates` must be an integer between 0 and {math.prod(top_k)}, the number of leaves that "
+                f"`top_k_tokens_per_head={top_k}` can draft, but is {n_candidates!r}. "
+                "Lower `n_candidates` or raise `top_k_tokens_per_head`."
+            )
+
+    def to_diff_dict(self) -> dict:
+        """What is saved: the published keys always, the others where they differ from their default."""
+        published = ("emb_dim", "inner_dim", "n_candidates", "n_predict", "top_k_tokens_per_head", "vocab_size")
+        return super().to_diff_dict() | {key: getattr(self, key) for key in published}
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+__all__ = ["MLPSpeculatorConfig"]

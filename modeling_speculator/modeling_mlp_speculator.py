@@ -1,0 +1,228 @@
+"""The MLP speculator: a recurrence of `n_predict` heads over a context vector and the tokens drawn after it.
+
+Architecture and initialisation: arXiv 2404.19124 and its published implementation (foundation-model-stack/fms-extras).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_mlp_speculator import MLPSpeculatorConfig
+
+
+@dataclass
+class MLPSpeculatorOutput(ModelOutput):
+    """
+    loss: scalar, the sum of `losses`; None without labels.
+    logits: (n_predict, batch, n, vocab).
+    losses: (n_predict,), the mean cross-entropy of each head; None without labels.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
+
+
+class MLPSpeculatorRMSNorm(nn.Module):
+    """RMS norm with weight and bias: `w * x / rms(x) + b`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6) + self.bias
+
+
+class MLPSpeculator(nn.Module):
+    """The heads and their recurrence. The names of the modules are those of the published checkpoints."""
+
+    def __init__(self, config: MLPSpeculatorConfig):
+        super().__init__()
+        inner_dim = config.inner_dim or config.emb_dim
+        heads = range(config.n_predict)
+        self.emb = nn.ModuleList(nn.Embedding(config.vocab_size, inner_dim) for _ in heads)
+        self.proj = nn.ModuleList(nn.Linear(inner_dim if i else config.emb_dim, inner_dim, bias=False) for i in heads)
+        self.head = nn.ModuleList(nn.Linear(inner_dim, config.vocab_size, bias=False) for _ in heads)
+        self.ln = nn.ModuleList(MLPSpeculatorRMSNorm(inner_dim) for _ in heads)
+        self.scale_input = config.scale_input
+        # How much of the state comes from the state before and how much from the token, so that its variance is kept.
+        state_weight = 0.5 ** (0.5 / config.n_predict)
+        emb_weight = math.sqrt((1 - state_weight**2) * inner_dim / 2)
+        self.emb_scale = emb_weight / state_weight
+
+    def first_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Context vectors (..., emb_dim) -> what head 0 starts from, in the speculator's dtype."""
+        hidden_states = hidden_states.to(self.proj[0].weight.dtype)
+        if self.scale_input:
+            hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6) / math.sqrt(2)
+        return hidden_states
+
+    def step(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the recurrence: the state after `input_ids`, and the logits of the token after them.
+
+        Args:
+            state: (..., emb_dim) for head 0, else (..., inner_dim).
+            input_ids: (...), the token that head `head - 1` stands for (the base model's own for head 0).
+
+        Returns:
+            state (..., inner_dim) and logits (..., vocab).
+        """
+        state = torch.add(self.proj[head](state), self.emb[head](input_ids), alpha=self.emb_scale)
+        state = F.gelu(self.ln[head](state))
+        return state, self.head[head](state)
+
+
+def _tied_weights(n_predict: int) -> dict[str, str]:
+    """{weight: weight it is tied to}: the heads share all but the first projection, which has another shape."""
+    tied = {}
+    for head in range(1, n_predict):
+        for name in ("emb.{}.weight", "head.{}.weight", "ln.{}.weight", "ln.{}.bias"):
+            tied["speculator." + name.format(head)] = "speculator." + name.format(0)
+        if head > 1:
+            tied[f"speculator.proj.{head}.weight"] = "speculator.proj.1.weight"
+    return tied
+
+
+class MLPSpeculatorPreTrainedModel(PreTrainedModel):
+    """An MLP speculator: load it with `from_pretrained`, draft with `model.generate(assistant_model=speculator)`."""
+
+    config_class = MLPSpeculatorConfig
+    base_model_prefix = "speculator"
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: MLPSpeculatorConfig):
+        super().__init__(config)
+        self.speculator = MLPSpeculator(config)
+        self._tied_weights_keys = _tied_weights(config.n_predict)  # honoured where config.tie_weights is set
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=(self.config.inner_dim or self.config.emb_dim) ** -0.5)
+        elif isinstance(module, MLPSpeculatorRMSNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.speculator.emb[0]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """`PreTrainedModel.from_pretrained` that never half-loads.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight, has one too many, or one of another shape, or if its
+                config ties weights that differ.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # so that they are named below
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        problems = [f"{kind}: {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
+        if model.config.tie_weights and len(model.all_tied_weights_keys) < len(model._tied_weights_keys):
+            differ = sorted(model._tied_weights_keys.keys() - model.all_tied_weights_keys.keys())
+            problems.append(f"weights that `tie_weights` ties, yet differ: {differ}")
+        if problems:
+            raise ValueError(
+                f"The weights in {str(pretrained_model_name_or_path)!r} don't fit its config.json "
+                f"({'; '.join(problems)}). Check `n_predict`, `emb_dim`, `inner_dim`, `vocab_size` and `tie_weights` "
+                "there, and that the download is complete."
+            )
+        return (model, info) if output_loading_info else model
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MLPSpeculatorOutput:
+        """All heads at all positions at once, each head fed the true tokens: the training forward.
+
+        Args:
+            hidden_states: (batch, n, emb_dim), context vectors of the base model.
+            input_ids: (batch, >= n + n_predict - 1), `input_ids[:, i]` the token drawn from `hidden_states[:, i]`.
+            labels: (batch, n + n_predict - 1), `labels[:, i + j]` what head `i` shall predict at position `j`;
+                -100 is ignored.
+
+        Raises:
+            ValueError: if the lengths don't fit together.
+        """
+        n_predict, n = self.config.n_predict, hidden_states.shape[1]
+        needed = n + n_predict - 1
+        if input_ids.shape[1] < needed or (labels is not None and labels.shape[1] != needed):
+            raise ValueError(
+                f"{n} context vectors and {n_predict} heads need `input_ids` of at least, and `labels` of exactly, "
+                f"n + n_predict - 1 = {needed} tokens; got {input_ids.shape[1]}"
+                + (f" and {labels.shape[1]}." if labels is not None else ".")
+            )
+        state, logits = self.speculator.first_state(hidden_states), []
+        for head in range(n_predict):
+            state, head_logits = self.speculator.step(head, state, input_ids[:, head : head + n])
+            logits.append(head_logits)
+        output = MLPSpeculatorOutput(logits=torch.stack(logits))
+        if labels is not None:
+            output.losses = torch.stack(
+                [mean_cross_entropy(head_logits, labels[:, i : i + n]) for i, head_logits in enumerate(logits)]
+            )
+            output.loss = output.losses.sum()
+        return output
+
+    @torch.no_grad()
+    def generate_candidates(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        top_k_tokens_per_head: list[int] | None = None,
+        n_candidates: int | None = None,
+    ) -> torch.Tensor:
+        """Drafts by the published rule: `top_k` children per node, the leaves with the highest summed log-prob.
+
+        Args:
+            hidden_states: (batch, 1, emb_dim), context vector of each sequence.
+            input_ids: (batch, 1), the token that the base model drew from it.
+            top_k_tokens_per_head, n_candidates: default to the config's.
+
+        Returns:
+            (batch, n_candidates, n_predict) token ids, best first.
+
+        Raises:
+            ValueError: if the dials don't fit the heads.
+        """
+        config = self.config
+        top_k = config.top_k_tokens_per_head if top_k_tokens_per_head is None else list(top_k_tokens_per_head)
+        n_candidates = config.n_candidates if n_candidates is None else n_candidates
+        config.check_dials(top_k, n_candidates)
+
+        batch = len(input_ids)
+        state = self.speculator.first_state(hidden_states)  # (batch, 1, emb_dim)
+        candidates = input_ids[:, :, None]  # (batch, branches, tokens so far)
+        log_probs = 0.0
+        for head, k in enumerate(top_k):
+            state, logits = self.speculator.step(head, state, candidates[:, :, -1])
+            best, tokens = logits.topk(k)  # (batch, branches, k)
+            best = best.float() - logits.float().logsumexp(-1, keepdim=True)
+            log_probs = (log_probs + best).view(batch, -1, 1)
+            candidates = torch.cat([candidates.repeat_interleave(k, dim=1), tokens.view(batch, -1, 1)], dim=-1)
+            if head < config.n_predict - 1:
+                state = state.repeat_interleave(k, dim=1)
+        leaves = log_probs.squeeze(-1).topk(n_candidates).indices  # (batch, n_candidates)
+        return candidates[:, :, 1:].gather(1, leaves[:, :, None].expand(-1, -1, config.n_predict))
+
+
+def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the labels that are not -100 (0 where none is): (..., vocab), (...) -> scalar, in float32."""
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", ignore_index=-100)
+    return loss / (labels != -100).sum().clamp(min=1)
+
+
+__all__ = ["MLPSpeculatorPreTrainedModel"]
