@@ -1,0 +1,62 @@
+"""Attention of a few nodes over a long cache, for the length of one `generate` call."""
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+
+# transformers' sdpa function repeats the keys and values of grouped-query models whenever there are a mask and more
+# than one query: a copy of the whole cache per layer and step. This one leaves them as they are.
+TREE_ATTENTION = "speculator_tree_sdpa"
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`scaled_dot_product_attention` with the query heads of a group stacked as further queries.
+
+    Args:
+        query: (batch, heads, nodes, head_dim).
+        key, value: (batch, kv_heads, slots, head_dim).
+        attention_mask: (batch, 1, nodes, slots), added to the scores; None for a node that attends to all slots.
+
+    Returns:
+        (batch, nodes, heads, head_dim), and None for the weights.
+    """
+    batch, heads, nodes, dim = query.shape
+    group = heads // key.shape[1]
+    if group > 1:
+        query = query.reshape(batch, key.shape[1], group * nodes, dim)
+        if nodes > 1:
+            attention_mask = attention_mask.repeat(1, 1, group, 1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.view(batch, heads, nodes, value.shape[-1]).transpose(1, 2), None
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)
+
+
+def takes_no_mask(model) -> bool:
+    """Whether a single query may come without a mask: any other attention would make one that is wrong here."""
+    return model.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
+
+
+@contextmanager
+def tree_attention(model):
+    """Lets a model that uses sdpa use `tree_attention_forward` inside the `with` block."""
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = TREE_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
