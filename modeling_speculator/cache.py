@@ -147,7 +147,6 @@ class SpeculativeCache(Cache):
         slots = self.positions.argsort(-1)[:, self.capacity - int(lengths[0]) :]  # empty slots sort first
         dynamic = DynamicCache()
         for index, layer in enumerate(self.layers):
-            dynamic.update(
-                layer.keys[self.rows, :, slots].transpose(1, 2), layer.values[self.rows, :, slots].transpose(1, 2), index
-            )
+            keys, values = layer.keys[self.rows, :, slots], layer.values[self.rows, :, slots]
+            dynamic.update(keys.transpose(1, 2), values.transpose(1, 2), index)
         return dynamic

@@ -90,7 +90,7 @@ def is_speculator(assistant_model) -> bool:
 
 
 def check_models(model, speculator) -> None:
-    """Raises a ValueError where a base model and a speculator don't fit together, or the loop can't serve the model."""
+    """Raises a ValueError where the loop can't serve a base model, or a speculator doesn't fit it."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -108,13 +108,7 @@ def check_models(model, speculator) -> None:
             f"{name} has `rope_type={rope_type!r}`, whose angles depend on the longest position in a forward, drafted "
             "ones included: the output would differ. Generate without `assistant_model`."
         )
-    for ours, theirs in (("vocab_size", "vocab_size"), ("emb_dim", "hidden_size")):
-        expected, given = getattr(config, theirs), getattr(speculator.config, ours)
-        if expected != given:
-            raise ValueError(
-                f"The speculator has `{ours}={given}`, but {name} has `{theirs}={expected}`: it was trained for another "
-                f"base model ({getattr(speculator.config, 'base_model_name_or_path', None)}). Load the one for this model."
-            )
+    check_shapes(model, speculator)
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"{name} runs with `attn_implementation={config._attn_implementation!r}`, which takes no mask of a "
@@ -125,6 +119,19 @@ def check_models(model, speculator) -> None:
             f"The speculator is on {speculator.device} and {name} on {model.device}. "
             f"Move it with `speculator.to({str(model.device)!r})`."
         )
+
+
+def check_shapes(model, speculator) -> None:
+    """Raises a ValueError where a speculator has another vocabulary or another hidden size than the base model."""
+    config = model.config.get_text_config(decoder=True)
+    for ours, theirs in (("vocab_size", "vocab_size"), ("emb_dim", "hidden_size")):
+        expected, given = getattr(config, theirs), getattr(speculator.config, ours)
+        if expected != given:
+            trained_for = getattr(speculator.config, "base_model_name_or_path", None) or "another base model"
+            raise ValueError(
+                f"The speculator has `{ours}={given}`, but {type(model).__name__} has `{theirs}={expected}`: "
+                f"it was made for {trained_for}. Take the speculator of this base model."
+            )
 
 
 def check_options(generation_mode, generation_config: GenerationConfig, mode_kwargs: dict) -> None:
@@ -156,7 +163,8 @@ def check_inputs(model, input_ids, generation_config, logits_processor, stopping
     """Raises a ValueError for what only shows once `generate` has prepared its inputs; nothing has run by then."""
     cache = model_kwargs.get("past_key_values")
     unknown = sorted(key for key in model_kwargs.keys() - _KNOWN_MODEL_KWARGS if model_kwargs[key] is not None)
-    criteria = [type(c).__name__ for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    known_criteria = (MaxLengthCriteria, EosTokenCriteria)
+    criteria = [type(c).__name__ for c in stopping_criteria if not isinstance(c, known_criteria)]
     _refuse(
         [f"the model input `{key}`" for key in unknown]
         + [f"the logits processor {type(processor).__name__}" for processor in logits_processor]

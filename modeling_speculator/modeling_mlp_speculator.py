@@ -144,7 +144,6 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
-        **kwargs,
     ) -> MLPSpeculatorOutput:
         """All heads at all positions at once, each head fed the true tokens: the training forward.
 

@@ -1,0 +1,128 @@
+"""What a recipe can set: one flat YAML file a stage, every key also a `--key value` flag."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which models are trained. The numbers are those of a new speculator; null keeps the config's default."""
+
+    base_model: str = field(metadata={"help": "Folder or Hub id of the base model; it is never changed."})
+    base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it."})
+    base_model_dtype: str = field(default="auto", metadata={"help": '"auto" (as saved), "bfloat16", "float32", ...'})
+    speculator: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a speculator to start from. Null: a new one."}
+    )
+    n_predict: int | None = field(default=None, metadata={"help": "Heads."})
+    inner_dim: int | None = field(default=None, metadata={"help": "Width of the state; null: the base model's."})
+    top_k_tokens_per_head: list[int] | None = field(default=None, metadata={"help": "Children per node."})
+    n_candidates: int | None = field(default=None, metadata={"help": "Drafted sequences to verify."})
+
+
+@dataclass
+class DataArguments:
+    """Which texts are trained on, and how they are cut."""
+
+    dataset: str | None = field(default=None, metadata={"help": "Hub id or folder of a dataset ..."})
+    dataset_config: str | None = field(default=None, metadata={"help": "... its configuration"})
+    dataset_split: str = field(default="train", metadata={"help": "... and its split."})
+    data_files: list[str] | None = field(default=None, metadata={"help": "... or text, jsonl or parquet files."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    validation_fraction: float = field(default=0.01, metadata={"help": "Share of the sequences held out."})
+    sequence_length: int = field(default=4096, metadata={"help": "Tokens of a stage-1 sequence."})
+    prompt_length: int = field(default=64, metadata={"help": "Stage 2: tokens of a prompt."})
+    generation_length: int = field(default=256, metadata={"help": "Stage 2: tokens generated after it."})
+
+
+@dataclass
+class SpeculatorTrainingArguments(TrainingArguments):
+    """TrainingArguments with the defaults of the published recipe (arXiv 2404.19124 and fms-fsdp)."""
+
+    stage: int = field(default=1, metadata={"help": "1: on text; 2: on what the base model itself generates."})
+    parabolic_schedule: bool = field(
+        default=True,
+        metadata={"help": "Parabolic warm-up and a cosine to a tenth of the peak, in place of lr_scheduler_type."},
+    )
+    learning_rate: float = 1e-3
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.1
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in (1, 2):
+            raise ValueError(f"`stage` must be 1 (on text) or 2 (on generated text), but is {self.stage}.")
+        if self.parabolic_schedule and (self.lr_scheduler_type != "linear" or self.lr_scheduler_kwargs):
+            raise ValueError(
+                f"`lr_scheduler_type={self.lr_scheduler_type}` or its kwargs are set while `parabolic_schedule` takes "
+                "their place: set `parabolic_schedule: false`."
+            )
+
+
+class _RecipeParser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}. See `--help` for all keys.")
+
+
+def parse_recipe(
+    args: list[str],
+) -> tuple[ModelArguments, DataArguments, SpeculatorTrainingArguments]:
+    """Parses `--config recipe.yaml --key value ...`; a flag wins over the file.
+
+    Raises:
+        ValueError: for a key that does not exist (the nearest one is named), and for a value of another type.
+    """
+    classes = (ModelArguments, DataArguments, SpeculatorTrainingArguments)
+    known = {f.name for cls in classes for f in fields(cls) if f.init}
+    args = list(args)
+    recipe = []
+    if "--config" in args:
+        at = args.index("--config")
+        if at + 1 == len(args):
+            raise ValueError("`--config` needs the path of a YAML file.")
+        recipe = _as_flags(args[at + 1], known)
+        args[at : at + 2] = []
+    for arg in args:
+        if arg.startswith("--") and arg != "--help":
+            _check_key(arg[2:].split("=")[0], known, "the command line")
+    parser = _RecipeParser(classes, allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(recipe + args, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"Values without a key: {unknown}. Options are written `--key value`.")
+    return tuple(parsed)
+
+
+def _as_flags(path: str, known: set[str]) -> list[str]:
+    """A YAML file as the flags that say the same, so that both are converted and checked by one parser."""
+    if not Path(path).is_file():
+        raise ValueError(f"`--config {path}`: there is no such file.")
+    recipe = yaml.load(Path(path).read_text(), Loader=_UniqueKeyLoader)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold `key: value` lines.")
+    flags = []
+    for key, value in recipe.items():
+        _check_key(key, known, path)
+        if value is not None:
+            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags
+
+
+def _check_key(key: str, known: set[str], where: str) -> None:
+    if key not in known:
+        nearest = difflib.get_close_matches(str(key), known, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else " See `--help` for all keys."
+        raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ValueError(f"Keys given twice: {sorted(twice)}. Keep one of each.")
+        return super().construct_mapping(node, deep)
