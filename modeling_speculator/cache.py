@@ -135,15 +135,11 @@ class SpeculativeCache(Cache):
         self.free.scatter_(1, nodes, torch.where(kept, self.frontier + along, slots))
         self.frontier = self.frontier + n_kept[:, None]
 
-    def to_dynamic_cache(self) -> DynamicCache:
-        """A plain cache of the same keys and values in the order of their positions, for rows of equal length.
-
-        Raises:
-            ValueError: if the rows differ in length.
-        """
+    def to_dynamic_cache(self) -> DynamicCache | None:
+        """A plain cache of the same keys and values in the order of their positions; None if rows differ in length."""
         lengths = (self.positions >= 0).sum(-1)
         if (lengths != lengths[0]).any():
-            raise ValueError(f"Rows of lengths {lengths.tolist()} do not fit one cache without padding.")
+            return None
         slots = self.positions.argsort(-1)[:, self.capacity - int(lengths[0]) :]  # empty slots sort first
         dynamic = DynamicCache()
         for index, layer in enumerate(self.layers):

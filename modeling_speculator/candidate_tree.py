@@ -83,4 +83,3 @@ class CandidateTree:
             ancestors=self.ancestors[:, :n_nodes, :n_nodes],
             n_nodes=self.n_nodes,
         )
-

@@ -26,6 +26,7 @@ class GenerateSpeculativeOutput(GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns with a speculator.
 
     speculation: what the speculator achieved in this call.
+    past_key_values: a plain `DynamicCache` of all tokens but the last; None where rows of a batch differ in length.
     """
 
     speculation: SpeculationStatistics | None = None
@@ -182,9 +183,7 @@ def check_inputs(model, input_ids, generation_config, logits_processor, stopping
 def _refuse(options) -> None:
     options = list(options)
     if options:
-        raise ValueError(
-            f"Speculation does not support {', '.join(options)}. Drop that, or drop `assistant_model`."
-        )
+        raise ValueError(f"Speculation does not support {', '.join(options)}. Drop that, or drop `assistant_model`.")
 
 
 class SpeculativeDecoder:
@@ -239,8 +238,8 @@ class SpeculativeDecoder:
         self.last_position = self.root_position + budget
         self.lengths = torch.full((batch, 1), length, device=device)  # padding included
         self.budget = torch.full((batch,), budget, device=device)
-        # Room for what a last step drafts too much; it is overwritten by the next step, or cut off in the end.
-        self.sequences = torch.nn.functional.pad(input_ids, (0, budget + self.n_predict))
+        # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
+        self.sequences = torch.nn.functional.pad(input_ids, (0, budget + self.n_predict + 1))
         self.along = torch.arange(self.n_predict + 1, device=device)
 
         self.tree = CandidateTree.root_only(input_ids[:, -1:])

@@ -124,9 +124,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 config ties weights that differ.
         """
         kwargs["ignore_mismatched_sizes"] = True  # so that they are named below
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = [f"{kind}: {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
         if model.config.tie_weights and len(model.all_tied_weights_keys) < len(model._tied_weights_keys):
             differ = sorted(model._tied_weights_keys.keys() - model.all_tied_weights_keys.keys())

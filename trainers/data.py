@@ -84,4 +84,3 @@ def split(rows: datasets.Dataset, validation_fraction: float) -> tuple[datasets.
         )
     train = rows.select(range(len(rows) - held_out))
     return train, rows.select(range(len(rows) - held_out, len(rows))) if held_out else None
-

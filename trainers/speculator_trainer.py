@@ -56,9 +56,7 @@ class SpeculatorTrainer(Trainer):
         """Stage 1: all of the text, from its first token on."""
         return self.align(inputs["input_ids"])
 
-    def align(
-        self, tokens: torch.Tensor, first: int = 0, labels: torch.Tensor | None = None
-    ) -> TrainingBatch:
+    def align(self, tokens: torch.Tensor, first: int = 0, labels: torch.Tensor | None = None) -> TrainingBatch:
         """Runs the base model over `tokens` (batch, length) and aligns its context vectors with them.
 
         The vector at position t, which the base model drew token t + 1 from, is trained with the tokens t + 1, t + 2,

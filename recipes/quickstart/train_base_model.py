@@ -45,10 +45,10 @@ def main() -> None:
         LlamaConfig(
             vocab_size=args.vocab_size,
             hidden_size=args.hidden,
-            intermediate_size=args.hidden*8//3//32*32,
+            intermediate_size=args.hidden * 8 // 3 // 32 * 32,
             num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden//32,
-            num_key_value_heads=args.hidden//64,
+            num_attention_heads=args.hidden // 32,
+            num_key_value_heads=args.hidden // 64,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -100,9 +100,7 @@ def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = ByteLevelBPETokenizer()
     texts = (json.loads(line)["text"] for line in open(corpus))
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""The theorem: with any speculator, greedy output is the base model's own, token for token."""
+
+import copy
+
+import pytest
+import torch
+from drafters import Oracle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
+from transformers import GenerationMixin
+
+import modeling_speculator
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.generation import SUPPORTED_MODEL_TYPES
+
+
+def random_speculator(seed=0, **config):
+    torch.manual_seed(seed)
+    config = {"vocab_size": VOCAB, "emb_dim": HIDDEN, "n_predict": 3} | config
+    return MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(**config)).eval()
+
+
+def prompt(length, seed=0):
+    return torch.randint(1, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, input_ids, speculator=None, **kwargs):
+    kwargs = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 24} | kwargs
+    return model.generate(input_ids, assistant_model=speculator, **kwargs)
+
+
+def assert_same_text(model, input_ids, speculator, **kwargs):
+    expected = generate(model, input_ids, **kwargs).sequences
+    out = generate(model, input_ids, speculator, **kwargs)
+    assert out.sequences.tolist() == expected.tolist()
+    emitted = (expected.shape[1] - input_ids.shape[1]) * len(input_ids)
+    assert out.speculation.tokens <= emitted - len(input_ids)
+    return out
+
+
+def test_every_supported_family_is_tested():
+    assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("n_candidates", [0, 1, 5])
+def test_random_speculator(family, attn_implementation, n_candidates):
+    model = tiny_model(family, attn_implementation)
+    out = assert_same_text(model, prompt(7), random_speculator(n_candidates=n_candidates))
+    assert out.speculation.tokens == 23
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_oracle_emits_all_heads_and_the_bonus_token(family, attn_implementation):
+    model = tiny_model(family, attn_implementation)
+    text = generate(model, prompt(5), max_new_tokens=25).sequences
+    out = assert_same_text(model, prompt(5), Oracle(model, text), max_new_tokens=25)
+    assert out.speculation.tokens_per_step == 4
+    assert out.speculation.accepted_per_position == [1, 1, 1]
+    assert out.speculation.steps == 6  # 1 token of the prefill, then 6 * 4
+
+
+def test_always_wrong_speculator(family):
+    model = tiny_model(family)
+    text = generate(model, prompt(5)).sequences
+    out = assert_same_text(model, prompt(5), Oracle(model, text, p_right=0.0))
+    assert out.speculation.tokens_per_step == 1
+    assert out.speculation.accepted_per_position == [0, 0, 0]
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_every_accepted_length_on_every_branch(family, attn_implementation):
+    model = tiny_model(family, attn_implementation)
+    text = generate(model, prompt(5), max_new_tokens=100).sequences
+    oracle = Oracle(model, text, p_right=0.7)
+    shares = assert_same_text(model, prompt(5), oracle, max_new_tokens=100).speculation.accepted_per_position
+    assert 1 > shares[0] > shares[1] > shares[2] > 0  # accepted lengths 0, 1, 2 and 3 all occurred
+    assert set(oracle.right_branches) == set(range(5))
+
+
+@pytest.mark.parametrize("prompt_length", [1, 2, 9])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 6])
+def test_budget_ends_in_mid_step(llama, prompt_length, max_new_tokens):
+    input_ids = prompt(prompt_length)
+    text = generate(llama, input_ids, max_new_tokens=12).sequences
+    out = assert_same_text(llama, input_ids, Oracle(llama, text), max_new_tokens=max_new_tokens)
+    assert out.speculation.tokens == max_new_tokens - 1
+    assert out.speculation.steps == -(-(max_new_tokens - 1) // 4)
+    if max_new_tokens == 1:
+        assert out.speculation.tokens_per_step is None
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_end_of_sequence_inside_an_accepted_run(llama, place):
+    input_ids = prompt(4)
+    text = generate(llama, input_ids, max_new_tokens=12).sequences
+    eos = [int(text[0, 4 + place]), VOCAB - 1]
+    out = assert_same_text(llama, input_ids, Oracle(llama, text), max_new_tokens=12, eos_token_id=eos)
+    first = text[0, 4:].tolist().index(eos[0])
+    assert out.sequences.shape[1] == 4 + first + 1
+    assert out.speculation.tokens == first
+
+
+def test_statistics_count_what_the_end_cut(llama):
+    text = generate(llama, prompt(4), max_new_tokens=12).sequences
+    out = assert_same_text(llama, prompt(4), Oracle(llama, text), max_new_tokens=7)  # 1, then 4, then 2 of 4
+    assert out.speculation.steps == 2
+    assert out.speculation.accepted_per_position == [1, 0.5, 0.5]
+    assert out.speculation.drafted_tokens == 2 * 15  # five branches that share nothing
+
+
+def test_positions_up_to_the_last(family):
+    model = tiny_model(family)
+    text = generate(model, prompt(100), max_new_tokens=28).sequences  # all 128 positions
+    assert_same_text(model, prompt(100), Oracle(model, text), max_new_tokens=28)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_of_left_padded_prompts(family):
+    model = tiny_model(family)
+    lengths = [9, 4, 1]
+    input_ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        input_ids[row, 9 - length :], mask[row, 9 - length :] = prompt(length, seed=row)[0], 1
+    text = generate(model, input_ids, attention_mask=mask, max_new_tokens=40).sequences
+    text_mask = torch.nn.functional.pad(mask, (0, 40), value=1)
+    oracle = Oracle(model, text, text_mask, p_right=0.7)
+    out = model.generate(input_ids, attention_mask=mask, assistant_model=oracle, max_new_tokens=40, do_sample=False)
+    assert out.tolist() == text.tolist()
+    eos = int(text[0, 9 + 11])
+    options = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": eos, "do_sample": False}
+    expected = model.generate(input_ids, **options)
+    assert model.generate(input_ids, assistant_model=oracle, **options).tolist() == expected.tolist()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10_000),
+    family=st.sampled_from(sorted(FAMILIES)),
+    attn_implementation=st.sampled_from(["sdpa", "eager"]),
+    prompt_length=st.integers(1, 12),
+    max_new_tokens=st.integers(1, 40),
+    n_predict=st.integers(1, 5),
+    n_candidates=st.integers(0, 7),
+    eos_place=st.none() | st.integers(0, 39),
+    p_right=st.sampled_from([0.0, 0.4, 0.7, 1.0]),
+)
+def test_any_request(
+    seed, family, attn_implementation, prompt_length, max_new_tokens, n_predict, n_candidates, eos_place, p_right
+):
+    model = tiny_model(family, attn_implementation, seed)
+    input_ids = prompt(prompt_length, seed)
+    text = generate(model, input_ids, max_new_tokens=40).sequences
+    options = {"max_new_tokens": max_new_tokens}
+    if eos_place is not None:
+        options["eos_token_id"] = int(text[0, prompt_length + eos_place])
+    oracle = Oracle(model, text, n_predict=n_predict, n_candidates=n_candidates, p_right=p_right, seed=seed)
+    out = assert_same_text(model, input_ids, oracle, **options)
+    assert out.speculation.tokens == out.sequences.shape[1] - prompt_length - 1
+    if n_candidates == 0:
+        assert out.speculation.steps == out.speculation.tokens
+
+
+def test_returned_cache_is_the_base_models(llama):
+    expected = generate(llama, prompt(6)).past_key_values
+    text = generate(llama, prompt(6)).sequences
+    cache = generate(llama, prompt(6), Oracle(llama, text, p_right=0.7)).past_key_values
+    assert cache.get_seq_length() == expected.get_seq_length() == 6 + 23
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+
+
+def test_base_model_is_left_as_it_was(llama):
+    before = copy.deepcopy(llama.state_dict())
+    implementation = llama.config._attn_implementation
+    with pytest.raises(RuntimeError, match="boom"):
+
+        class Broken(Oracle):
+            def generate_candidates(self, hidden_states, input_ids):
+                raise RuntimeError("boom")
+
+        generate(llama, prompt(6), Broken(llama, prompt(6)))
+    generate(llama, prompt(6), random_speculator())
+    assert llama.config._attn_implementation == implementation
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+    assert all(torch.equal(value, before[key]) for key, value in llama.state_dict().items())
+    assert not any(parameter.is_inference() for parameter in llama.parameters())
+
+
+def test_output_can_be_used_in_training(llama):
+    out = generate(llama, prompt(6), random_speculator())
+    assert not out.sequences.is_inference()
+    loss = llama(out.sequences, labels=out.sequences, use_cache=False).loss
+    loss.backward()
+    llama.zero_grad()
+
+
+def test_any_other_assistant_goes_transformers_own_way(llama):
+    draft_model = tiny_model("llama", seed=1)
+    expected = generate(llama, prompt(6)).sequences
+    out = generate(llama, prompt(6), draft_model)
+    assert out.sequences.tolist() == expected.tolist()
+    assert not hasattr(out, "speculation")
+
+
+def test_hook_has_an_inverse(llama):
+    hooked = dict(vars(GenerationMixin))
+    modeling_speculator.remove_generation_hook()
+    try:
+        assert GenerationMixin._assisted_decoding.__qualname__ == "GenerationMixin._assisted_decoding"
+        with pytest.raises(AttributeError):
+            generate(llama, prompt(6), random_speculator())
+    finally:
+        modeling_speculator.install_generation_hook()
+        modeling_speculator.install_generation_hook()  # a second time changes nothing
+    assert dict(vars(GenerationMixin)) == hooked
