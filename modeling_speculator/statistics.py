@@ -1,50 +1,85 @@
 """What speculation achieved, counted as in the literature: tokens per step, acceptance per position."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpeculationStatistics:
-    """Counts of one `generate` call, or of one row of its batch.
+    """The record of one `generate` call, of one row of its batch, or of several calls.
 
     Attributes:
-        steps: verifying forwards (of a batch: summed over its rows, each counted until it ended).
-        tokens: tokens emitted by them; the prefill's token is not counted.
-        accepted_per_position: `n_predict` shares: in which share of the steps at least i + 1 drafted tokens were
-            emitted. A step that emits m tokens accepted m - 1, after an end of sequence or of budget cut it.
+        emitted_per_step: tokens that each verifying forward emitted, row after row, each counted until it ended. The
+            prefill's token is not counted, nor what an end of sequence or of budget cut.
         drafted_tokens: nodes verified, roots and padding not counted.
+        n_predict: tokens that a draft can hold.
         per_sequence: the same, one per row of the batch; empty for a row.
     """
 
-    steps: int
-    tokens: int
-    accepted_per_position: list[float]
+    emitted_per_step: tuple[int, ...]
     drafted_tokens: int
+    n_predict: int
     per_sequence: tuple["SpeculationStatistics", ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Verifying forwards; of a batch, summed over its rows."""
+        return len(self.emitted_per_step)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens emitted by them."""
+        return sum(self.emitted_per_step)
 
     @property
     def tokens_per_step(self) -> float | None:
         """τ: 1 for a speculator that never guesses right, None where no step was made."""
         return self.tokens / self.steps if self.steps else None
 
+    @property
+    def accepted_per_position(self) -> list[float]:
+        """`n_predict` shares: in which share of the steps at least i + 1 drafted tokens were emitted."""
+        return [
+            sum(emitted >= position + 2 for emitted in self.emitted_per_step) / max(1, self.steps)
+            for position in range(self.n_predict)
+        ]
+
     @classmethod
     def from_counts(cls, emitted: torch.Tensor, n_nodes: torch.Tensor, n_predict: int) -> "SpeculationStatistics":
-        """Counts (steps, batch) of tokens emitted (0 after a row's end) and nodes verified (roots included)."""
-        emitted, drafted = emitted.cpu(), n_nodes.cpu() - 1
-        rows = [_count(emitted[:, row], drafted[:, row], n_predict) for row in range(emitted.shape[1])]
-        return _count(emitted.flatten(), drafted.flatten(), n_predict, tuple(rows))
+        """From counts (steps, batch) of tokens emitted (0 after a row's end) and nodes verified (roots included)."""
+        rows = [
+            cls(
+                emitted_per_step=tuple(n for n in row_emitted if n),
+                drafted_tokens=sum(nodes - 1 for n, nodes in zip(row_emitted, row_nodes, strict=True) if n),
+                n_predict=n_predict,
+            )
+            for row_emitted, row_nodes in zip(emitted.T.tolist(), n_nodes.T.tolist(), strict=True)
+        ]
+        return cls.pool(rows)
 
+    @classmethod
+    def pool(cls, parts: Iterable["SpeculationStatistics"]) -> "SpeculationStatistics":
+        """The record of several rows or calls together.
 
-def _count(emitted: torch.Tensor, drafted: torch.Tensor, n_predict: int, rows: tuple = ()) -> SpeculationStatistics:
-    live = emitted > 0
-    steps = int(live.sum())
-    accepted = [int((emitted >= position + 2).sum()) for position in range(n_predict)]
-    return SpeculationStatistics(
-        steps=steps,
-        tokens=int(emitted.sum()),
-        accepted_per_position=[count / steps if steps else 0.0 for count in accepted],
-        drafted_tokens=int(drafted[live].sum()),
-        per_sequence=rows,
-    )
+        Raises:
+            ValueError: if there are none, or they come from speculators of different `n_predict`.
+        """
+        parts = tuple(parts)
+        if len({part.n_predict for part in parts}) != 1:
+            raise ValueError(f"Needs records of one `n_predict`, got {[part.n_predict for part in parts]}.")
+        return cls(
+            emitted_per_step=tuple(n for part in parts for n in part.emitted_per_step),
+            drafted_tokens=sum(part.drafted_tokens for part in parts),
+            n_predict=parts[0].n_predict,
+            per_sequence=parts,
+        )
+
+    def __repr__(self) -> str:
+        shares = [round(share, 3) for share in self.accepted_per_position]
+        return (
+            f"SpeculationStatistics(steps={self.steps}, tokens={self.tokens}, "
+            f"tokens_per_step={self.tokens_per_step and round(self.tokens_per_step, 3)}, "
+            f"accepted_per_position={shares}, drafted_tokens={self.drafted_tokens})"
+        )

@@ -1,13 +1,10 @@
-"""Trains a tokenizer and a small Llama on the source code of this interpreter's standard library.
+"""Trains a tokenizer and a small Llama on text.
 
-python recipes/quickstart/train_base_model.py --output_dir outputs/quickstart
-
-Writes corpus/train.jsonl, corpus/held_out.jsonl (files that no training sees) and base_model/.
+python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir base_model
 """
 
 import argparse
 import json
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -18,37 +15,26 @@ from modeling_speculator.trainers import latest_checkpoint, load_texts, pack
 
 
 END_OF_TEXT = "<|endoftext|>"
-# Folders of the standard library that are tests, or that other packages are installed into.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "pydoc_data"}
-HELD_OUT_EVERY = 20  # files: prompts come from these
+SEQUENCE_LENGTH = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, default=700)
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--bs", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--max_steps", type=int, default=1000)
     args = parser.parse_args()
     set_seed(0)
-    corpus = write_corpus(args.output_dir / "corpus")
-    tokenizer = train_tokenizer(corpus, args.vocab_size)
-    rows = pack(load_texts(data_files=[str(corpus)]), tokenizer, sequence_length=args.seq)
-    print(f"{len(rows)} rows")
+    tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
+    rows = pack(load_texts(data_files=[str(args.corpus)]), tokenizer, SEQUENCE_LENGTH)
     rows = rows.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
-
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.hidden,
-            intermediate_size=args.hidden * 8 // 3 // 32 * 32,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 32,
-            num_key_value_heads=args.hidden // 64,
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=672,
+            num_hidden_layers=4,
+            num_attention_heads=8,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -56,17 +42,16 @@ def main() -> None:
             pad_token_id=tokenizer.eos_token_id,
         )
     )
-    print(f"{model.num_parameters():,} parameters")
-    run = str(args.output_dir / "base_model_training")
+    print(f"{model.num_parameters():,} parameters, {len(rows) * SEQUENCE_LENGTH:,} tokens to train on")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=run,
+            output_dir=args.output_dir,
             max_steps=args.max_steps,
-            per_device_train_batch_size=args.bs,
-            learning_rate=args.lr,
+            per_device_train_batch_size=8,  # small: at so few tokens, more steps count for more
+            learning_rate=6e-3,
             lr_scheduler_type="cosine",
-            warmup_steps=50,
+            warmup_steps=40,
             weight_decay=0.1,
             adam_beta2=0.95,
             bf16=True,
@@ -77,30 +62,20 @@ def main() -> None:
             report_to="none",
         ),
         train_dataset=rows,
+        processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=latest_checkpoint(run))
-    model.save_pretrained(args.output_dir / "base_model")
-    tokenizer.save_pretrained(args.output_dir / "base_model")
-
-
-def write_corpus(folder: Path) -> Path:
-    """Splits the standard library's files into two jsonl files; returns the one to train on."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "train.jsonl", "w") as train, open(folder / "held_out.jsonl", "w") as held_out:
-        for index, path in enumerate(paths):
-            file = held_out if index % HELD_OUT_EVERY == 0 else train
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            file.write(json.dumps({"file": str(path.relative_to(root)), "text": text}) + "\n")
-    return folder / "train.jsonl"
+    trainer.train(resume_from_checkpoint=latest_checkpoint(args.output_dir))
+    trainer.save_model()
+    trainer.save_state()
 
 
 def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = ByteLevelBPETokenizer()
     texts = (json.loads(line)["text"] for line in open(corpus))
-    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""Measuring speculation: same text, how many tokens per step, how fast."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .statistics import SpeculationStatistics
+
+
+@dataclass(frozen=True)
+class PromptOutcome:
+    """One prompt, continued greedily with and without the speculator.
+
+    prompt, continuation: token ids.
+    identical: whether both ways gave the same tokens.
+    distinct_4grams: of the continuation; a text that loops has few, and flatters every drafter.
+    """
+
+    prompt: list[int]
+    continuation: list[int]
+    identical: bool
+    distinct_4grams: float
+    speculation: SpeculationStatistics
+
+
+def compare_outputs(model, speculator, prompts: Iterable[torch.Tensor], max_new_tokens: int) -> list[PromptOutcome]:
+    """Continues each prompt (1, length) greedily, plainly and with the speculator."""
+    outcomes = []
+    for prompt in prompts:
+        plain = generate_greedily(model, prompt, max_new_tokens)
+        out = generate_greedily(
+            model, prompt, max_new_tokens, assistant_model=speculator, return_dict_in_generate=True
+        )
+        continuation = plain[0, prompt.shape[1] :].tolist()
+        outcomes.append(
+            PromptOutcome(
+                prompt=prompt[0].tolist(),
+                continuation=continuation,
+                identical=plain.tolist() == out.sequences.tolist(),
+                distinct_4grams=distinct_ngrams(continuation, 4),
+                speculation=out.speculation,
+            )
+        )
+    return outcomes
+
+
+def generate_greedily(model, prompt: torch.Tensor, max_new_tokens: int, **kwargs):
+    """`model.generate` of one unpadded prompt (1, length), whatever sampling its generation config asks for."""
+    return model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False, **kwargs
+    )
+
+
+def distinct_ngrams(tokens: Sequence[int], n: int) -> float:
+    """Distinct n-grams over all n-grams: 1 where none repeats; 1 for a text too short to have any."""
+    ngrams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
+
+
+def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Times runs that each return a number of tokens, A B A B, after one untimed round.
+
+    In turn, because a machine's speed drifts by more than what is compared.
+
+    Returns:
+        Tokens per second of each run in each round.
+    """
+    rates = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            tokens = run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_ > 0:
+                rates[name].append(tokens / (time.perf_counter() - start))
+    return rates
+
+
+def speedup(rates: dict[str, list[float]], of: str, over: str) -> float:
+    """Median over the rounds of the ratio of two runs of `time_in_turn`."""
+    return statistics.median(a / b for a, b in zip(rates[of], rates[over], strict=True))

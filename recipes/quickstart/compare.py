@@ -1,0 +1,152 @@
+"""Continues held-out prompts plainly and with a speculator, and reports what the speculator gains.
+
+python recipes/quickstart/compare.py --base_model X --speculator Y --held_out corpus/held_out.jsonl --output_dir DIR
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from modeling_speculator import SpeculationStatistics
+from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, speedup, time_in_turn
+
+
+LOOPS_BELOW = 0.5  # share of distinct 4-grams
+ROUNDS = 5
+
+
+def main() -> None:
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto").eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    prompts = cut_prompts(args, tokenizer, device)
+
+    def load(name: str):
+        return AutoModel.from_pretrained(name, dtype=model.dtype).eval().to(device)
+
+    def compare(speculator, label: str) -> list[PromptOutcome]:
+        return compare_outputs(model, speculator, tqdm(prompts, desc=label), args.max_new_tokens)
+
+    speculator = load(args.speculator)
+    before = compare(load(args.stage1), "after stage 1") if args.stage1 else None
+    outcomes = compare(speculator, "speculative")
+
+    def generate_all(label: str, **options) -> int:
+        outputs = [generate_greedily(model, p, args.max_new_tokens, **options) for p in tqdm(prompts, desc=label)]
+        return sum(out.shape[1] - prompt.shape[1] for out, prompt in zip(outputs, prompts, strict=True))
+
+    rates = time_in_turn(
+        {
+            "base": lambda: generate_all("plain       "),
+            "speculative": lambda: generate_all("speculative ", assistant_model=speculator),
+        },
+        ROUNDS,
+    )
+    show(min(outcomes, key=lambda outcome: abs(outcome.distinct_4grams - 0.8)), tokenizer)
+    write_report(args, before, outcomes, rates)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", required=True, help="folder or Hub id")
+    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
+    parser.add_argument("--stage1", help="the same speculator after stage 1, to compare with")
+    parser.add_argument("--held_out", type=Path, required=True, help="jsonl with `text`, to cut prompts from")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=24, help="at most; one of each held-out file")
+    parser.add_argument("--prompt_length", type=int, default=64, help="tokens")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    return parser.parse_args()
+
+
+def cut_prompts(args, tokenizer, device: str) -> list[torch.Tensor]:
+    """From the middle of each held-out file that is long enough, `prompt_length` tokens."""
+    texts = [json.loads(line)["text"] for line in open(args.held_out)]
+    rows = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    middles = [row[len(row) // 2 :][: args.prompt_length] for row in rows if len(row) > 4 * args.prompt_length]
+    return [torch.tensor([row], device=device) for row in middles[: args.prompts]]
+
+
+def show(outcome: PromptOutcome, tokenizer) -> None:
+    """Prints a continuation, with the tokens that were accepted from the draft in green."""
+    print("\nA prompt of a held-out file, and its continuation; green: drafted and accepted.\n")
+    print(f"\033[2m{tokenizer.decode(outcome.prompt)}\033[0m", end="")
+    tokens = iter(outcome.continuation)
+    print(tokenizer.decode([next(tokens)]), end="")
+    for emitted in outcome.speculation.emitted_per_step:
+        accepted = [next(tokens) for _ in range(emitted - 1)]
+        print(f"\033[32m{tokenizer.decode(accepted)}\033[0m{tokenizer.decode([next(tokens)])}", end="")
+    print("\n")
+
+
+def pool(outcomes: list[PromptOutcome]) -> SpeculationStatistics:
+    return SpeculationStatistics.pool(outcome.speculation for outcome in outcomes)
+
+
+def write_report(args, before: list[PromptOutcome] | None, outcomes: list[PromptOutcome], rates: dict) -> None:
+    """Writes report.json and acceptance.png, and prints the figures."""
+    stages = {"after stage 1": pool(before), "after stage 2": pool(outcomes)} if before else {"": pool(outcomes)}
+    varied = [outcome for outcome in outcomes if outcome.distinct_4grams > LOOPS_BELOW]
+    distinct = [outcome.distinct_4grams for outcome in outcomes]
+    report = {
+        "prompts": len(outcomes),
+        "identical_outputs": sum(outcome.identical for outcome in outcomes),
+        "tokens_per_step_stage1": pool(before).tokens_per_step if before else None,
+        "tokens_per_step": pool(outcomes).tokens_per_step,
+        "tokens_per_step_without_loops": pool(varied).tokens_per_step if varied else None,
+        "prompts_without_loops": len(varied),
+        "accepted_per_position": pool(outcomes).accepted_per_position,
+        "base_tokens_per_second": statistics.median(rates["base"]),
+        "speculative_tokens_per_second": statistics.median(rates["speculative"]),
+        "speedup": speedup(rates, of="speculative", over="base"),
+        "median_distinct_4grams": statistics.median(distinct),
+        "distinct_4grams": distinct,
+        "rates": rates,
+        "base_model": args.base_model,
+        "speculator": args.speculator,
+        "max_new_tokens": args.max_new_tokens,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "modeling_speculator": version("modeling-speculator"),
+        },
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(stages, args.output_dir / "acceptance.png")
+    for key in list(report)[:11]:
+        value = report[key]
+        print(f"{key:32}{[round(v, 3) for v in value] if isinstance(value, list) else value and round(value, 3)}")
+    print(
+        f"\n{len(outcomes) - len(varied)} of {len(outcomes)} continuations loop (half or more of their 4-grams are "
+        "repetitions). A loop is easy to guess and flatters every speculator: see tokens_per_step_without_loops.\n"
+        f"Written: {args.output_dir}/report.json, acceptance.png"
+    )
+
+
+def plot(stages: dict[str, SpeculationStatistics], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for label, statistics_ in stages.items():
+        shares = statistics_.accepted_per_position
+        label = f"{label} {statistics_.tokens_per_step:.2f} tokens per step".strip()
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
+    axes.set(xlabel="drafted token", ylabel="share of steps that accept it", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Splits the source code of this interpreter's standard library into files to train on and files held out.
+
+python recipes/quickstart/write_corpus.py --output_dir outputs/quickstart/corpus
+"""
+
+import argparse
+import json
+import sysconfig
+from pathlib import Path
+
+
+# Tests, tables of data, and folders that other packages are installed into.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data"}
+LONGEST = 200_000  # bytes; what is longer is generated
+HELD_OUT_EVERY = 20  # files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    folder = parser.parse_args().output_dir
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not LEFT_OUT & set(path.relative_to(root).parts) and path.stat().st_size <= LONGEST
+    )
+    rows = [{"file": str(p.relative_to(root)), "text": p.read_text(encoding="utf-8", errors="replace")} for p in paths]
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "train.jsonl", [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY])
+    write(folder / "held_out.jsonl", rows[::HELD_OUT_EVERY])
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{path}: {len(rows)} files, {sum(len(row['text']) for row in rows) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

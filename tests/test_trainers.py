@@ -1,0 +1,243 @@
+"""Training: the alignment of both stages, what moves and what doesn't, resuming, and what is logged."""
+
+import copy
+import json
+
+import datasets
+import pytest
+import torch
+from tiny_models import VOCAB, tiny_model
+from transformers import LlamaForCausalLM
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.trainers import (
+    DistillationTrainer,
+    SpeculatorTrainer,
+    SpeculatorTrainingArguments,
+    latest_checkpoint,
+)
+from modeling_speculator.trainers.schedules import parabolic_cosine_schedule
+
+
+class CountingModel(LlamaForCausalLM):
+    """After token t always comes t + 1; the context vector holds the token that was read last, in every entry."""
+
+    def get_decoder(self):
+        def decoder(input_ids, use_cache):
+            hidden_states = input_ids[:, :, None].expand(-1, -1, self.config.hidden_size).float()
+            return type("Output", (), {"last_hidden_state": hidden_states})
+
+        return decoder
+
+    def forward(self, input_ids=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        follower = torch.nn.functional.one_hot((input_ids[:, -1:] + 1) % VOCAB, VOCAB)
+        outputs.logits = 1e4 * follower.float()
+        return outputs
+
+
+@pytest.fixture
+def counting(llama):
+    model = CountingModel(llama.config).eval()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model
+
+
+def speculator(n_predict=3):
+    torch.manual_seed(0)
+    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, inner_dim=16, n_predict=n_predict, n_candidates=3)
+    return MLPSpeculatorPreTrainedModel(config)
+
+
+def arguments(tmp_path, **kwargs):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return SpeculatorTrainingArguments(**defaults | kwargs)
+
+
+def rows(n=16, length=12, seed=0):
+    tokens = torch.randint(VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
+    return datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
+TRAINERS = {"stage 1": (SpeculatorTrainer, {}), "stage 2": (DistillationTrainer, {"generation_length": 8})}
+
+
+@pytest.fixture(params=TRAINERS)
+def make_trainer(request):
+    trainer_class, options = TRAINERS[request.param]
+
+    def make(base_model, args, model=None, **kwargs):
+        kwargs = {"train_dataset": rows(), "eval_dataset": rows(4, seed=1)} | options | kwargs
+        return trainer_class(model=model or speculator(), base_model=base_model, args=args, **kwargs)
+
+    return make
+
+
+@pytest.mark.parametrize("n_predict", [1, 3])
+def test_stage_1_alignment(tmp_path, counting, n_predict):
+    trainer = SpeculatorTrainer(speculator(n_predict), counting, arguments(tmp_path))
+    text = torch.arange(20).repeat(2, 1)
+    hidden_states, input_ids, labels = trainer.batch({"input_ids": text})
+    read = hidden_states[0, :, 0].long()  # the token at each position
+    assert read.tolist() == list(range(20 - n_predict - 1))  # from the first on, as far as every head has a target
+    for position, token in enumerate(read.tolist()):
+        assert input_ids[0, position] == token + 1  # the token drawn from that vector
+        assert labels[0, position : position + n_predict].tolist() == [token + 2 + i for i in range(n_predict)]
+    assert labels.shape[1] == len(read) + n_predict - 1
+    trainer.model(hidden_states, input_ids, labels)  # the lengths are those of the forward
+
+
+@pytest.mark.parametrize("n_predict", [1, 3])
+def test_stage_2_alignment(tmp_path, counting, n_predict):
+    trainer = DistillationTrainer(speculator(n_predict), counting, arguments(tmp_path), generation_length=10)
+    prompts = torch.tensor([[3, 50, 20], [7, 7, 30]])  # generated: 21, 22, ... and 31, 32, ...
+    hidden_states, input_ids, labels = trainer.batch({"input_ids": prompts})
+    for row, last in enumerate([20, 30]):
+        read = hidden_states[row, :, 0].long().tolist()
+        assert read == [last + i for i in range(10 - n_predict)]  # the prompt's last position comes first
+        assert input_ids[row].tolist() == [last + 1 + i for i in range(9)]
+        assert labels[row].tolist() == [last + 2 + i for i in range(9)]
+
+
+def test_stage_2_stops_at_the_end_of_a_text(tmp_path, counting):
+    counting.generation_config.eos_token_id = [25, 40]
+    trainer = DistillationTrainer(speculator(), counting, arguments(tmp_path), generation_length=10)
+    prompts = torch.tensor([[25, 3, 20], [7, 7, 30]])
+    _, _, labels = trainer.batch({"input_ids": prompts})
+    assert labels[0].tolist() == [22, 23, 24, 25] + 5 * [-100]
+    assert labels[1].tolist() == list(range(32, 41))
+
+
+def test_stage_2_samples_from_the_base_model(tmp_path, llama):
+    """Not greedily, and from the ten most probable tokens only, whatever the base model's own config says."""
+    model = copy.deepcopy(llama)
+    model.generation_config.do_sample, model.generation_config.top_k = False, 1
+    model.generation_config.repetition_penalty = 5.0
+    trainer = DistillationTrainer(speculator(), model, arguments(tmp_path), generation_length=20)
+    prompts = torch.randint(VOCAB, (8, 4), generator=torch.Generator().manual_seed(0))
+    _, input_ids, _ = trainer.batch({"input_ids": prompts})
+    text = torch.cat([prompts, input_ids], dim=1)
+    with torch.no_grad():
+        logits = llama(text).logits[:, 3:-1]
+    rank = (logits > logits.gather(2, text[:, 4:, None])).sum(-1)
+    assert rank.max() < 10
+    assert rank.float().mean() > 0.3
+
+
+def test_only_the_speculator_moves_and_all_of_it(tmp_path, llama, make_trainer):
+    base_before = copy.deepcopy(llama.state_dict())
+    model = speculator()
+    before = copy.deepcopy(model.state_dict())
+    make_trainer(llama, arguments(tmp_path), model).train()
+    assert all(torch.equal(value, base_before[key]) for key, value in llama.state_dict().items())
+    assert all(parameter.grad is None for parameter in llama.parameters())
+    still = [key for key, value in model.state_dict().items() if torch.equal(value, before[key])]
+    assert still == []
+    assert not any("base_model" in name for name, _ in model.named_parameters())
+
+
+def test_resumed_is_uninterrupted(tmp_path, llama, make_trainer):
+    whole = make_trainer(llama, arguments(tmp_path / "whole"))
+    whole.train()
+    make_trainer(llama, arguments(tmp_path / "parts", max_steps=4, save_total_limit=9)).train()
+    (tmp_path / "parts/checkpoint-4/trainer_state.json").write_text('{"cut off')  # by a kill during the save
+    checkpoint = latest_checkpoint(str(tmp_path / "parts"))
+    assert checkpoint.endswith("checkpoint-2")
+    resumed = make_trainer(llama, arguments(tmp_path / "parts"))
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    assert latest_checkpoint(str(tmp_path / "nothing here")) is None
+
+
+def test_what_is_logged(tmp_path, llama, make_trainer):
+    trainer = make_trainer(llama, arguments(tmp_path))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["step"] == 2
+    heads = [log[f"loss_head_{head}"] for head in (1, 2, 3)]
+    assert log["loss"] == pytest.approx(sum(heads), rel=1e-3)
+    assert all(0 <= log[f"accuracy_head_{head}"] <= 1 for head in (1, 2, 3))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(
+        sum(metrics[f"eval_loss_head_{head}"] for head in (1, 2, 3)), rel=1e-3
+    )
+    assert all(0 <= metrics[f"eval_accuracy_head_{head}"] <= 1 for head in (1, 2, 3))
+
+
+def test_accuracy_is_counted_per_head(tmp_path, counting):
+    """A speculator that always predicts 7 is right where 7 comes, head by head."""
+    model = speculator()
+    trainer = SpeculatorTrainer(model, counting, arguments(tmp_path, per_device_eval_batch_size=3))
+    with torch.no_grad():
+        for head, ln in zip(model.speculator.head, model.speculator.ln, strict=True):
+            ln.weight.zero_()
+            ln.bias.fill_(1.0)
+            head.weight.zero_()
+            head.weight[7] = 1.0
+    text = [[0, 1, 2, 7, 4, 5, 7, 7]] * 4  # head 1 is trained on 2 7 4 5, head 2 on 7 4 5 7, head 3 on 4 5 7 7
+    metrics = trainer.evaluate(datasets.Dataset.from_dict({"input_ids": text}))
+    assert [metrics[f"eval_accuracy_head_{head}"] for head in (1, 2, 3)] == [0.25, 0.5, 0.5]
+
+
+def test_learning_rate_is_the_papers():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = parabolic_cosine_schedule(optimizer, num_warmup_steps=750, num_training_steps=15_000)
+    rates = []
+    for _ in range(15_001):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0
+    assert rates[375] == pytest.approx(0.75e-3)  # 1 - (1 - 1/2)^2
+    assert rates[750] == max(rates) == pytest.approx(1e-3)
+    assert rates[15_000] == pytest.approx(1e-4)
+
+
+def test_training_helps(tmp_path, llama):
+    """A minute's work in small: after training on one text, the heads know it."""
+    model = speculator()
+    data = rows(2, 24)
+    args = arguments(tmp_path, max_steps=150, learning_rate=1e-2, save_strategy="no", weight_decay=0.0)
+    trainer = SpeculatorTrainer(model, llama, args, train_dataset=data, eval_dataset=data)
+    untrained = trainer.evaluate()
+    trainer.train()
+    trained = trainer.evaluate()
+    for head in (1, 2, 3):
+        assert trained[f"eval_accuracy_head_{head}"] > 0.9 > 0.3 > untrained[f"eval_accuracy_head_{head}"]
+
+
+def test_bad_input(tmp_path, llama):
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="too short for 3 heads"):
+        SpeculatorTrainer(speculator(), llama, args).batch({"input_ids": torch.zeros(2, 4, dtype=torch.long)})
+    other = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB + 1, emb_dim=32))
+    with pytest.raises(ValueError, match=f"`vocab_size={VOCAB + 1}`.*`vocab_size={VOCAB}`"):
+        SpeculatorTrainer(other, llama, args)
+    with pytest.raises(ValueError, match="parabolic_schedule: false"):
+        arguments(tmp_path, lr_scheduler_type="cosine")
+    with pytest.raises(ValueError, match="`stage` must be 1"):
+        arguments(tmp_path, stage=3)
+
+
+def test_other_schedules_are_honoured(tmp_path, llama):
+    args = arguments(tmp_path, parabolic_schedule=False, lr_scheduler_type="constant", learning_rate=0.5)
+    trainer = SpeculatorTrainer(speculator(), llama, args, train_dataset=rows())
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == 0.5
+    assert json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_base_models_of_another_dtype(tmp_path, make_trainer):
+    trainer = make_trainer(tiny_model("llama").to(torch.bfloat16), arguments(tmp_path, bf16=True))
+    trainer.train()
+    assert trainer.model.dtype == torch.float32
