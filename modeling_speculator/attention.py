@@ -4,7 +4,9 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 # transformers' sdpa function repeats the keys and values of grouped-query models whenever there are a mask and more
@@ -23,14 +25,19 @@ def tree_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """`scaled_dot_product_attention` with the query heads of a group stacked as further queries.
 
+    Only for the masks of `SpeculativeCache`, which are the only ones of floating point; anything else is transformers'
+    own sdpa, so that a model in use by another thread computes what it always does.
+
     Args:
         query: (batch, heads, nodes, head_dim).
         key, value: (batch, kv_heads, slots, head_dim).
-        attention_mask: (batch, 1, nodes, slots), added to the scores; None for a node that attends to all slots.
+        attention_mask: (batch, 1, nodes, slots), added to the scores.
 
     Returns:
         (batch, nodes, heads, head_dim), and None for the weights.
     """
+    if attention_mask is None or not attention_mask.is_floating_point():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, nodes, dim = query.shape
     group = heads // key.shape[1]
     if group > 1:
@@ -42,21 +49,23 @@ def tree_attention_forward(
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
 
 
-def takes_no_mask(model) -> bool:
-    """Whether a single query may come without a mask: any other attention would make one that is wrong here."""
-    return model.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
+def uses_sdpa(model) -> bool:
+    """Whether the model runs with sdpa, be it our variant, in the middle of another thread's call."""
+    return model.config.get_text_config(decoder=True)._attn_implementation in ("sdpa", TREE_ATTENTION)
 
 
 @contextmanager
 def tree_attention(model):
     """Lets a model that uses sdpa use `tree_attention_forward` inside the `with` block."""
+    if not uses_sdpa(model):
+        yield
+        return
     config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = TREE_ATTENTION
+    config._attn_implementation = TREE_ATTENTION
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = "sdpa"

@@ -1,14 +1,16 @@
 """Speculative decoding inside `model.generate(assistant_model=speculator)`: the hook, its checks, and the loop."""
 
+import threading
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from .attention import takes_no_mask, tree_attention
+from .attention import tree_attention, uses_sdpa
 from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
+from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .statistics import SpeculationStatistics
 from .verification import cut_at_end, verify_greedy
 
@@ -110,14 +112,21 @@ def check_models(model, speculator) -> None:
             "ones included: the output would differ. Generate without `assistant_model`."
         )
     check_shapes(model, speculator)
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if isinstance(speculator.config, MLPSpeculatorConfig):
+        speculator.config.check_dials(speculator.config.top_k_tokens_per_head, speculator.config.n_candidates)
+    if not uses_sdpa(model) and config._attn_implementation != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={config._attn_implementation!r}`, which takes no mask of a "
             'candidate tree. Load it with `attn_implementation="sdpa"` or "eager".'
         )
-    if speculator.device != model.device:
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(
-            f"The speculator is on {speculator.device} and {name} on {model.device}. "
+            f"{name} is spread over several devices, which speculation does not support. Load it on one device."
+        )
+    device = getattr(speculator, "device", model.device)  # a drafter without weights has none
+    if device != model.device:
+        raise ValueError(
+            f"The speculator is on {device} and {name} on {model.device}. "
             f"Move it with `speculator.to({str(model.device)!r})`."
         )
 
@@ -197,12 +206,14 @@ class SpeculativeDecoder:
         self.model = model
         self.speculator = speculator
         self.generation_config = generation_config
+        self.thread = threading.get_ident()
         self.n_candidates = speculator.config.n_candidates
         self.n_predict = speculator.config.n_predict
         self.max_nodes = 1 + self.n_candidates * self.n_predict
 
     def generate(self, input_ids: torch.Tensor, model_kwargs: dict) -> GenerateSpeculativeOutput | torch.Tensor:
         """input_ids (batch, prompt), left-padded -> what `GenerationMixin.generate` returns."""
+        input_ids = input_ids.to(self.model.device)
         handle = self.model.get_decoder().register_forward_hook(self._record_context_vectors)
         emitted, n_nodes = [], []
         try:
@@ -224,13 +235,15 @@ class SpeculativeDecoder:
         """Runs the prompt the model's own way, into our cache, and emits the first token."""
         batch, length = input_ids.shape
         device = input_ids.device
+        eos_token_ids = self.generation_config._eos_token_tensor
+        self.eos_token_ids = None if eos_token_ids is None else eos_token_ids.to(device)
         budget = self.generation_config.max_length - length
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = SpeculativeCache(layers, capacity=length + budget - 1 + self.max_nodes)
         model_kwargs = model_kwargs | {"past_key_values": self.cache}
         logits = self.model._prefill(input_ids, self.generation_config, model_kwargs).logits[:, -1:]
         mask = model_kwargs.get("attention_mask")  # None where nothing is masked
-        dense = mask is None and self.max_nodes == 1 and takes_no_mask(self.model)
+        dense = mask is None and self.max_nodes == 1 and uses_sdpa(self.model)
         mask = torch.ones_like(input_ids) if mask is None else mask.to(device)
         self.cache.start_steps(mask, self.max_nodes, dense)
 
@@ -253,6 +266,12 @@ class SpeculativeDecoder:
             self.tree = CandidateTree.root_only(self.root)
         else:
             candidates = self.speculator.generate_candidates(self.hidden_states, self.root)
+            batch, n_candidates, depth = candidates.shape
+            if batch != len(self.root) or n_candidates > self.n_candidates or depth > self.n_predict:
+                raise ValueError(
+                    f"The speculator drafted {tuple(candidates.shape)} tokens, more than its config's "
+                    f"{(len(self.root), self.n_candidates, self.n_predict)}: batch, `n_candidates`, `n_predict`."
+                )
             self.tree = CandidateTree.merge(self.root, candidates, self.max_nodes)
         # The one synchronisation of a step.
         left, n_nodes, self.longest = torch.stack(
@@ -284,8 +303,7 @@ class SpeculativeDecoder:
 
     def _emit(self) -> None:
         """Cuts `verified` where a sequence ends, writes its tokens, and moves the root to the last of them."""
-        eos_token_ids = self.generation_config._eos_token_tensor
-        self.verified, self.budget = cut_at_end(self.verified, eos_token_ids, self.budget)
+        self.verified, self.budget = cut_at_end(self.verified, self.eos_token_ids, self.budget)
         tokens, nodes, n_tokens = self.verified
         self.sequences.scatter_(1, self.lengths + self.along[: tokens.shape[1]], tokens)
         self.lengths = self.lengths + n_tokens[:, None]
@@ -300,7 +318,7 @@ class SpeculativeDecoder:
         sequences = self.sequences[:, : self.longest]
         past_end = torch.arange(self.longest, device=sequences.device) >= self.lengths
         pad_token_id = self.generation_config._pad_token_tensor
-        sequences = sequences.masked_fill(past_end, 0 if pad_token_id is None else pad_token_id)
+        sequences = sequences.masked_fill(past_end, 0 if pad_token_id is None else int(pad_token_id))
         if not self.generation_config.return_dict_in_generate:
             return sequences
         none = [self.lengths.new_zeros(0, len(sequences))]
@@ -313,4 +331,5 @@ class SpeculativeDecoder:
         )
 
     def _record_context_vectors(self, module, args, output) -> None:
-        self.context_vectors = output.last_hidden_state  # after the final norm: what enters the LM head
+        if threading.get_ident() == self.thread:  # the model may serve other threads too
+            self.context_vectors = output.last_hidden_state  # after the final norm: what enters the LM head

@@ -1,6 +1,7 @@
 """The theorem: with any speculator, greedy output is the base model's own, token for token."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -170,6 +171,7 @@ def test_returned_cache_is_the_base_models(llama):
     for ours, theirs in zip(cache.layers, expected.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
         torch.testing.assert_close(ours.values, theirs.values)
+        assert not ours.keys.is_inference()
 
 
 def test_base_model_is_left_as_it_was(llama):
@@ -195,6 +197,24 @@ def test_output_can_be_used_in_training(llama):
     loss = llama(out.sequences, labels=out.sequences, use_cache=False).loss
     loss.backward()
     llama.zero_grad()
+
+
+def test_two_threads_share_a_base_model(llama):
+    """Each with its own speculator, and a third that generates plainly."""
+    expected = {seed: generate(llama, prompt(5 + seed, seed), max_new_tokens=100).sequences for seed in range(3)}
+    oracles = [Oracle(llama, expected[seed], p_right=0.7) for seed in range(2)]
+
+    def run(seed):
+        speculator = oracles[seed] if seed < 2 else None
+        return [
+            generate(llama, prompt(5 + seed, seed), speculator, max_new_tokens=100).sequences.tolist()
+            for _ in range(3)
+        ]
+
+    with ThreadPoolExecutor(3) as pool:
+        for seed, texts in enumerate(pool.map(run, range(3))):
+            assert texts == 3 * [expected[seed].tolist()]
+    assert llama.config._attn_implementation == "sdpa"
 
 
 def test_any_other_assistant_goes_transformers_own_way(llama):

@@ -47,6 +47,7 @@ def test_golden_vectors_of_the_published_implementation(shared, case):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
 def test_parallel_forward_is_step_by_step_drafting(shape):
     """Each path of an exhaustive draft has the log-prob that the training forward gives it."""
     model = speculator(vocab_size=5, **({"n_predict": 3} | SHAPES[shape] | {"n_candidates": 1}))

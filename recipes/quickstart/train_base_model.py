@@ -73,9 +73,7 @@ def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = ByteLevelBPETokenizer()
     texts = (json.loads(line)["text"] for line in open(corpus))
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""How fast the decoding loop is, and where the time of a step goes.
+
+python recipes/benchmark_step.py                                        # a random Llama of 36 M parameters, bf16
+python recipes/benchmark_step.py --base_model DIR --speculator DIR --prompt "Once upon a time"
+
+Alternates transformers' own `generate`, the loop without candidates, and the loop with the speculator. A random
+speculator is never right: its row shows what speculation costs.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.evaluation import generate_greedily, speedup, time_in_turn
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    load = psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count()
+    if load > 0.2:
+        print(f"WARNING: {load:.1f} cores are busy with something else. Stop it: its share of the time is not known.")
+    model, speculator, prompt = load_models(args)
+    n_candidates = speculator.config.n_candidates
+    print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}, {model.device}")
+
+    def loop(n: int, **options):
+        speculator.config.n_candidates = n
+        return generate_greedily(model, prompt, args.max_new_tokens, assistant_model=speculator, **options)
+
+    def new_tokens(sequences: torch.Tensor) -> int:
+        return sequences.shape[1] - prompt.shape[1]
+
+    rates = time_in_turn(
+        {
+            "generate": lambda: new_tokens(generate_greedily(model, prompt, args.max_new_tokens)),
+            "n_candidates = 0": lambda: new_tokens(loop(0)),
+            f"n_candidates = {n_candidates}": lambda: new_tokens(loop(n_candidates)),
+        },
+        args.rounds,
+    )
+    results = {}
+    print(
+        f"\n{'':18}{'tokens/s':>10}{'speed-up':>10}{'tokens/step':>13}{'ms/step':>9}{'draft':>8}{'verify':>8}{'rest':>8}"
+    )
+    for name, values in rates.items():
+        row = {"tokens_per_second": statistics.median(values), "speedup": speedup(rates, name, "generate")}
+        line = f"{name:18}{row['tokens_per_second']:10.1f}{row['speedup']:10.2f}"
+        if name != "generate":
+            row |= step_times(model, speculator, loop, int(name.split()[-1]))
+            line += f"{row['tokens_per_step']:13.2f}" + "".join(
+                f"{row[key]:{width}.2f}" for key, width in (("step_ms", 9), ("draft", 8), ("verify", 8), ("rest", 8))
+            )
+        results[name] = row
+        print(line)
+    speculator.config.n_candidates = n_candidates
+    print("draft, verify (the base model's forward) and the rest are milliseconds of a step, the prefill not counted.")
+    if args.output:
+        machine = {
+            "processor": processor_name(),
+            "device": str(model.device),
+            "threads": args.threads,
+            "busy_cores_before": round(load, 2),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        report = {"arguments": {k: str(v) for k, v in vars(args).items()}, "machine": machine, "results": results}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report | {"rates": rates}, indent=2) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", help="folder or Hub id; a random one by default")
+    parser.add_argument("--speculator", help="folder or Hub id; a random one by default")
+    parser.add_argument("--prompt", default="def main():")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    return parser.parse_args()
+
+
+def load_models(args) -> tuple:
+    """Base model, speculator and the prompt's tokens."""
+    torch.manual_seed(0)
+    if args.base_model:
+        model = AutoModelForCausalLM.from_pretrained(args.base_model)
+        prompt = AutoTokenizer.from_pretrained(args.base_model)(args.prompt, return_tensors="pt").input_ids
+    else:
+        config = LlamaConfig(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        prompt = torch.randint(config.vocab_size, (1, 64))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.speculator:
+        speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype)
+    else:
+        config = model.config.get_text_config()
+        speculator = MLPSpeculatorPreTrainedModel(
+            MLPSpeculatorConfig(vocab_size=config.vocab_size, emb_dim=config.hidden_size)
+        ).to(model.dtype)
+    return model.eval().to(device), speculator.eval().to(device), prompt.to(device)
+
+
+def step_times(model, speculator, loop, n_candidates: int) -> dict[str, float]:
+    """Milliseconds of a step, the median of five runs each: drafting, verifying, the rest."""
+    runs = []
+    for _ in range(5):
+        spent = Counter()
+        with timed(model, "forward", spent), timed(speculator, "generate_candidates", spent):
+            start = time.perf_counter()
+            statistics_ = loop(n_candidates, return_dict_in_generate=True).speculation
+            total = time.perf_counter() - start - spent["first forward"]
+        draft, verify = spent["generate_candidates"], spent["forward"]
+        scale = 1000 / max(1, statistics_.steps)
+        runs.append([scale * t for t in (total, draft, verify, total - draft - verify)])
+    step, draft, verify, rest = (statistics.median(column) for column in zip(*runs, strict=True))
+    tau = statistics_.tokens_per_step
+    return {"tokens_per_step": tau, "step_ms": step, "draft": draft, "verify": verify, "rest": rest}
+
+
+@contextmanager
+def timed(module, name: str, spent: Counter):
+    """Adds up the seconds in a method of a module; the first call, of the prefill, is kept apart."""
+    original = getattr(module, name)
+
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        result = original(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        first = name == "forward" and "first forward" not in spent
+        spent["first forward" if first else name] += time.perf_counter() - start
+        return result
+
+    setattr(module, name, wrapper)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+
+
+def processor_name() -> str:
+    """As the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

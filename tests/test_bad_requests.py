@@ -1,0 +1,154 @@
+"""What can't be honoured raises a ValueError that names it, before any forward."""
+
+import copy
+
+import pytest
+import torch
+from drafters import Oracle
+from tiny_models import HIDDEN, VOCAB, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    StoppingCriteria,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextStreamer,
+)
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+
+
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def speculator(**config):
+    config = {"vocab_size": VOCAB, "emb_dim": HIDDEN} | config
+    return MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(**config)).eval()
+
+
+def refuses(model, match, drafter=None, input_ids=None, **options):
+    def forward(*args, **kwargs):
+        raise AssertionError("a forward ran before the request was refused")
+
+    input_ids = torch.arange(1, 5)[None] if input_ids is None else input_ids
+    options = {"max_new_tokens": 4} | options
+    handles = [module.register_forward_pre_hook(forward) for module in model.modules()]
+    try:
+        with pytest.raises(ValueError, match=match):
+            model.generate(input_ids, assistant_model=drafter or speculator(), **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Forever(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"do_sample": True}, "do_sample=True"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"num_beams": 2}, "can't be combined with beam search.*num_beams=1"),
+        ({"num_beams": 2, "do_sample": True}, "beam"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"repetition_penalty": 1.3}, "RepetitionPenalty"),
+        ({"min_new_tokens": 3, "eos_token_id": 1}, "MinNewTokens"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
+        ({"stopping_criteria": [Forever()]}, "stopping criterion Forever"),
+        ({"max_time": 1.0}, "MaxTimeCriteria"),
+        ({"synced_gpus": True}, "synced_gpus"),
+        ({"past_key_values": DynamicCache()}, "past_key_values"),
+        ({"inputs_embeds": torch.zeros(1, 4, HIDDEN)}, "inputs_embeds"),
+        ({"streamer": TextStreamer(None)}, "streamer"),
+    ],
+)
+def test_options(llama, options, match):
+    refuses(llama, match, **options)
+
+
+def test_sampling_that_a_generation_config_asks_for(llama):
+    model = copy.deepcopy(llama)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, pad_token_id=0)  # as Llama-2-chat's
+    refuses(model, "do_sample=True")
+    model.generate(torch.ones(1, 2, dtype=torch.long), assistant_model=speculator(), do_sample=False, max_new_tokens=2)
+
+
+def test_a_speculator_for_another_model(llama):
+    refuses(llama, f"`vocab_size=63`.*LlamaForCausalLM has `vocab_size={VOCAB}`", speculator(vocab_size=VOCAB - 1))
+    other = speculator(emb_dim=16, base_model_name_or_path="org/other")
+    refuses(llama, f"`emb_dim=16`.*`hidden_size={HIDDEN}`.*made for org/other", other)
+
+
+def test_a_speculator_on_another_device(llama):
+    refuses(llama, r"on meta .*speculator.to\('cpu'\)", speculator().to("meta"))
+
+
+@pytest.mark.parametrize("attn_implementation", ["flex_attention", "flash_attention_2"])
+def test_attention_without_tree_masks(llama, attn_implementation):
+    model = copy.deepcopy(llama)
+    model.config._attn_implementation = attn_implementation
+    refuses(model, f"attn_implementation='{attn_implementation}'.*sdpa")
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=2), "not supported for BloomForCausalLM"),
+        (MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1), "not supported for MambaForCausalLM"),
+        (MistralConfig(**TINY, num_key_value_heads=1, sliding_window=4), "not supported for MistralForCausalLM"),
+    ],
+)
+def test_families_that_are_not_supported(config, match):
+    refuses(AutoModelForCausalLM.from_config(config).eval(), match)
+
+
+def test_positions_that_depend_on_the_draft():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, rope_parameters=rope)).eval()
+    refuses(model, "rope_type='dynamic'")
+
+
+def test_encoder_decoder():
+    config = T5Config(vocab_size=VOCAB, d_model=HIDDEN, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    refuses(T5ForConditionalGeneration(config).eval(), "encoder-decoder")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
+def test_more_tokens_than_positions(family):
+    refuses(tiny_model(family), "129 tokens in all.*128 positions", max_new_tokens=125)
+
+
+def test_a_drafter_that_drafts_more_than_it_says(llama):
+    text = torch.ones(1, 12, dtype=torch.long)
+    drafter = Oracle(llama, text)
+    five = drafter.generate_candidates
+    drafter.config.n_candidates, drafter.generate_candidates = 4, lambda *inputs: five(*inputs).repeat(1, 2, 1)
+    with pytest.raises(ValueError, match=r"\(1, 8, 3\) tokens, more than its config's \(1, 4, 3\)"):
+        llama.generate(text[:, :4], assistant_model=drafter, max_new_tokens=4, do_sample=False)
+
+
+def test_dials_that_do_not_fit(llama):
+    drafter = speculator()
+    drafter.config.n_candidates = 31
+    refuses(llama, "`n_candidates`.*between 0 and 30.*31", drafter)
+    drafter.config.n_candidates, drafter.config.top_k_tokens_per_head = 5, [5, 3]
+    refuses(llama, "one number for each of the 3 heads", drafter)
