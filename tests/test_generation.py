@@ -13,7 +13,7 @@ from transformers import GenerationMixin
 
 import modeling_speculator
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.generation import SUPPORTED_MODEL_TYPES
+from modeling_speculator.checks import SUPPORTED_MODEL_TYPES
 
 
 def random_speculator(seed=0, **config):
@@ -161,6 +161,11 @@ def test_any_request(
     assert out.speculation.tokens == out.sequences.shape[1] - prompt_length - 1
     if n_candidates == 0:
         assert out.speculation.steps == out.speculation.tokens
+
+
+def test_prompt_in_chunks(llama):
+    text = generate(llama, prompt(9)).sequences
+    assert_same_text(llama, prompt(9), Oracle(llama, text, p_right=0.7), prefill_chunk_size=4)
 
 
 def test_returned_cache_is_the_base_models(llama):

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..generation import check_shapes
+from ..checks import check_shapes
 from .metrics import correct_per_head, head_metrics, per_head
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments

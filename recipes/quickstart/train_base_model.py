@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, default=1000)
+    parser.add_argument("--max_steps", type=int, default=900)
     args = parser.parse_args()
     set_seed(0)
     tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
@@ -49,7 +49,7 @@ def main() -> None:
             output_dir=args.output_dir,
             max_steps=args.max_steps,
             per_device_train_batch_size=8,  # small: at so few tokens, more steps count for more
-            learning_rate=6e-3,
+            learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=40,
             weight_decay=0.1,
