@@ -21,7 +21,7 @@ from modeling_speculator.evaluation import PromptOutcome, compare_outputs, gener
 
 
 LOOPS_BELOW = 0.5  # share of distinct 4-grams
-ROUNDS = 5
+ROUNDS = 3
 
 
 def main() -> None:
