@@ -45,7 +45,8 @@ def tree_attention_forward(
         if nodes > 1:
             attention_mask = attention_mask.repeat(1, 1, group, 1)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.view(batch, heads, nodes, value.shape[-1]).transpose(1, 2), None
+    # Not a view: CUDA's memory-efficient kernel returns another layout.
+    return output.reshape(batch, heads, nodes, value.shape[-1]).transpose(1, 2), None
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)

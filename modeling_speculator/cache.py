@@ -4,25 +4,43 @@ A rotated key or a learned position carries its position with it, so the order o
 nodes therefore leave holes that the next step writes into, and nothing is ever moved: a step costs no copy.
 """
 
+from dataclasses import dataclass
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 
+@dataclass
+class Slots:
+    """Where all layers of a cache write next.
+
+    capacity: slots per row.
+    nodes: (batch, nodes), the slot of each node of this step; None during the prefill.
+    rows: (batch, 1), the index of each row.
+    in_use: slots that this step's attention looks at.
+    """
+
+    capacity: int
+    nodes: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    in_use: int = 0
+
+
 class SpeculativeLayer(CacheLayerMixin):
-    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim), written where its cache says."""
+    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim), written where its slots say."""
 
     is_sliding = False
 
-    def __init__(self, cache: "SpeculativeCache"):
+    def __init__(self, slots: Slots):
         super().__init__()
-        self.cache = cache
+        self.slots = slots  # not the cache: a cycle would keep the memory until Python collects it
         self.length = 0  # tokens written by the prefill
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def allocate(like: torch.Tensor) -> torch.Tensor:
             # Zeros: attention multiplies the values of unused slots by 0, and memory as it comes may hold NaN.
-            return like.new_zeros(*like.shape[:2], self.cache.capacity, like.shape[-1])
+            return like.new_zeros(*like.shape[:2], self.slots.capacity, like.shape[-1])
 
         self.keys, self.values = allocate(key_states), allocate(value_states)
         self.is_initialized = True
@@ -33,22 +51,22 @@ class SpeculativeLayer(CacheLayerMixin):
         """Writes (batch, kv_heads, nodes, head_dim) and returns views of all the slots that are in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.cache.slots is None:  # prefill: the tokens of the prompt, one after another
+        if self.slots.nodes is None:  # prefill: the tokens of the prompt, one after another
             start, self.length = self.length, self.length + key_states.shape[2]
             self.keys[:, :, start : self.length] = key_states
             self.values[:, :, start : self.length] = value_states
             return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        in_use = self.cache.in_use
+        in_use = self.slots.in_use
         self._write(self.keys, key_states)
         self._write(self.values, value_states)
         return self.keys[:, :, :in_use], self.values[:, :, :in_use]
 
     def _write(self, storage: torch.Tensor, states: torch.Tensor) -> None:
-        slots = self.cache.slots
-        if len(slots) == 1:  # half the time of the general case
-            storage.index_copy_(2, slots[0], states)
+        rows, nodes = self.slots.rows, self.slots.nodes
+        if len(nodes) == 1:  # half the time of the general case
+            storage.index_copy_(2, nodes[0], states)
         else:
-            storage[self.cache.rows, :, slots] = states.transpose(1, 2)
+            storage[rows, :, nodes] = states.transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -57,7 +75,7 @@ class SpeculativeLayer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        return self.cache.capacity
+        return self.slots.capacity
 
 
 class SpeculativeCache(Cache):
@@ -71,10 +89,8 @@ class SpeculativeCache(Cache):
     """
 
     def __init__(self, n_layers: int, capacity: int):
-        super().__init__(layers=[SpeculativeLayer(self) for _ in range(n_layers)])
-        self.capacity = capacity
-        self.slots = None  # (batch, nodes) the slot of each node of this step; None during the prefill
-        self.in_use = 0  # slots that this step's attention looks at
+        self.slots = Slots(capacity)
+        super().__init__(layers=[SpeculativeLayer(self.slots) for _ in range(n_layers)])
 
     def start_steps(self, attention_mask: torch.Tensor, max_nodes: int, dense: bool = False) -> None:
         """Ends the prefill.
@@ -86,14 +102,15 @@ class SpeculativeCache(Cache):
         """
         batch, length = attention_mask.shape
         device = attention_mask.device
-        self.rows = torch.arange(batch, device=device)[:, None]
+        self.slots.rows = torch.arange(batch, device=device)[:, None]
         # The position that each slot's key stands for, -1 where the slot is empty or was rejected.
-        self.positions = torch.full((batch, self.capacity), -1, device=device)
+        self.positions = torch.full((batch, self.slots.capacity), -1, device=device)
         self.positions[:, :length] = torch.where(attention_mask.bool(), attention_mask.long().cumsum(-1) - 1, -1)
         # The next `max_nodes` free slots of each row, and the first slot that no row has ever used.
         self.free = length + torch.arange(max_nodes, device=device).repeat(batch, 1)
         self.frontier = torch.full((batch, 1), length + max_nodes, device=device)
         self.dense = dense
+        self.padded = not bool(attention_mask.all())
         self.along = torch.arange(max_nodes, device=device)
         dtype = self.layers[0].keys.dtype
         self.attend = torch.zeros((), dtype=dtype, device=device)
@@ -112,11 +129,11 @@ class SpeculativeCache(Cache):
             None where the cache is dense.
         """
         nodes = ancestors.shape[1]
-        self.slots, self.in_use = self.free[:, :nodes], in_use
+        self.slots.nodes, self.slots.in_use = self.free[:, :nodes], in_use
         if self.dense:
             return None
         mask = self._additive(self.positions[:, :in_use] >= 0)[:, None].repeat(1, nodes, 1)
-        mask.scatter_(2, self.slots[:, None].expand(-1, nodes, -1), self._additive(ancestors))
+        mask.scatter_(2, self.slots.nodes[:, None].expand(-1, nodes, -1), self._additive(ancestors))
         return mask[:, None]
 
     def _additive(self, attends: torch.Tensor) -> torch.Tensor:
@@ -128,7 +145,7 @@ class SpeculativeCache(Cache):
         Args:
             position: (batch, 1), of the path's first node.
         """
-        slots = self.slots.gather(1, nodes)
+        slots = self.slots.nodes.gather(1, nodes)
         along = self.along[: nodes.shape[1]]
         kept = along < n_kept[:, None]
         self.positions.scatter_(1, slots, torch.where(kept, position + along, -1))
@@ -136,13 +153,16 @@ class SpeculativeCache(Cache):
         self.frontier = self.frontier + n_kept[:, None]
 
     def to_dynamic_cache(self) -> DynamicCache | None:
-        """A plain cache of the same keys and values in the order of their positions; None if rows differ in length."""
+        """A plain cache of the same keys and values in the order of their positions.
+
+        None if rows differ in length or the prompt was padded: a plain cache has no room for either.
+        """
         lengths = (self.positions >= 0).sum(-1)
-        if (lengths != lengths[0]).any():
+        if self.padded or (lengths != lengths[0]).any():
             return None
-        slots = self.positions.argsort(-1)[:, self.capacity - int(lengths[0]) :]  # empty slots sort first
+        slots = self.positions.argsort(-1)[:, self.slots.capacity - int(lengths[0]) :]  # empty slots sort first
         dynamic = DynamicCache()
         for index, layer in enumerate(self.layers):
-            keys, values = layer.keys[self.rows, :, slots], layer.values[self.rows, :, slots]
+            keys, values = layer.keys[self.slots.rows, :, slots], layer.values[self.slots.rows, :, slots]
             dynamic.update(keys.transpose(1, 2), values.transpose(1, 2), index)
         return dynamic

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
 
@@ -47,6 +48,10 @@ def check_models(model, speculator) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(
             f"{name} is spread over several devices, which speculation does not support. Load it on one device."
+        )
+    if model.training and model.is_activation_checkpointing:
+        raise ValueError(
+            f"{name} is training with gradient checkpointing, which allows no cache. Call `eval()` first."
         )
     device = getattr(speculator, "device", model.device)  # a drafter without weights has none
     if device != model.device:
@@ -94,25 +99,51 @@ def check_options(generation_mode, generation_config: GenerationConfig, mode_kwa
     _refuse(name for name, given in not_supported.items() if given)
 
 
-def check_inputs(model, input_ids, generation_config, logits_processor, stopping_criteria, model_kwargs) -> None:
+def check_inputs(model, generation_config, logits_processor, stopping_criteria, model_kwargs) -> None:
     """Raises a ValueError for what only shows once `generate` has prepared its inputs; nothing has run by then."""
     cache = model_kwargs.get("past_key_values")
     unknown = sorted(key for key in model_kwargs.keys() - _KNOWN_MODEL_KWARGS if model_kwargs[key] is not None)
-    known_criteria = (MaxLengthCriteria, EosTokenCriteria)
-    criteria = [type(c).__name__ for c in stopping_criteria if not isinstance(c, known_criteria)]
+    foreign = [c for c in stopping_criteria if not _is_our_criterion(c, generation_config)]
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     _refuse(
         [f"the model input `{key}`" for key in unknown]
         + [f"the logits processor {type(processor).__name__}" for processor in logits_processor]
-        + [f"the stopping criterion {name}" for name in criteria]
+        + [f"the stopping criterion {type(criterion).__name__}" for criterion in foreign]
         + (["`past_key_values` of an earlier call"] if getattr(cache, "_is_user_defined", False) else [])
+        + (["`position_ids` other than the attention mask's"] if not _counts_the_mask(position_ids, mask) else [])
     )
+    padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+    check_positions(model, generation_config.max_length - padding - 1)  # the last token is never run
+
+
+def check_positions(model, n_tokens: int) -> None:
+    """Raises a ValueError where a model with a table of positions is to read more tokens than it holds."""
     config = model.config.get_text_config(decoder=True)
-    if config.model_type in _LEARNED_POSITIONS and generation_config.max_length > config.max_position_embeddings:
+    if config.model_type in _LEARNED_POSITIONS and n_tokens > config.max_position_embeddings:
         raise ValueError(
-            f"{generation_config.max_length} tokens in all (prompt and `max_new_tokens`) are more than the "
-            f"{config.max_position_embeddings} positions that the base model learned. Shorten the prompt, or lower "
-            "`max_new_tokens`."
+            f"{n_tokens} tokens are more than the {config.max_position_embeddings} positions that the base model "
+            "learned. Shorten the text, or lower `max_new_tokens` (training: `sequence_length`, `generation_length`)."
         )
+
+
+def _is_our_criterion(criterion, generation_config: GenerationConfig) -> bool:
+    """Whether it says no more than the lengths and end tokens of the generation config, which the loop honours."""
+    if type(criterion) is MaxLengthCriteria:
+        return criterion.max_length == generation_config.max_length
+    if type(criterion) is EosTokenCriteria:
+        ours = generation_config._eos_token_tensor
+        return ours is not None and set(criterion.eos_token_id.tolist()) == set(ours.tolist())
+    return False
+
+
+def _counts_the_mask(position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
+    """Whether positions are those that `generate` makes itself: 0, 1, 2, ... over the tokens that are no padding."""
+    if position_ids is None:
+        return True
+    if mask is None:
+        return torch.equal(position_ids, torch.arange(position_ids.shape[-1]).to(position_ids).expand_as(position_ids))
+    counted = mask.long().cumsum(-1) - 1
+    return bool(((position_ids == counted) | (mask == 0)).all())
 
 
 def _refuse(options: Iterable[str]) -> None:

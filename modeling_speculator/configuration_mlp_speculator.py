@@ -40,12 +40,18 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     tie_weights: bool = False
     scale_input: bool = False
     base_model_name_or_path: str | None = None
+    # Those of the base model count; text-generation pipelines ask an assistant for its own.
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         for name, least in (("vocab_size", 1), ("emb_dim", 1), ("inner_dim", 0), ("n_predict", 1)):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
+        if kwargs.get("n_tree_nodes") is not None:
+            raise ValueError("`n_tree_nodes` is not supported; set `n_candidates` and `top_k_tokens_per_head`.")
         if self.top_k_tokens_per_head is None:
             self.top_k_tokens_per_head = (_PUBLISHED_TOP_K + [2] * self.n_predict)[: self.n_predict]
         self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
@@ -73,9 +79,10 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             )
 
     def to_diff_dict(self) -> dict:
-        """What is saved: the published keys always, the others where they differ from their default."""
-        published = ("emb_dim", "inner_dim", "n_candidates", "n_predict", "top_k_tokens_per_head", "vocab_size")
-        return super().to_diff_dict() | {key: getattr(self, key) for key in published}
+        """What is saved: as in the published files, nothing that is off or unset."""
+        return {
+            key: value for key, value in super().to_diff_dict().items() if value is not None and value is not False
+        }
 
 
 def _is_int(value) -> bool:

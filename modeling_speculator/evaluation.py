@@ -14,8 +14,9 @@ from .statistics import SpeculationStatistics
 class PromptOutcome:
     """One prompt, continued greedily with and without the speculator.
 
-    prompt, continuation: token ids.
-    identical: whether both ways gave the same tokens.
+    prompt: token ids.
+    continuation: token ids that the loop emitted with the speculator.
+    identical: whether plain `generate` emits the same.
     distinct_4grams: of the continuation; a text that loops has few, and flatters every drafter.
     """
 
@@ -34,7 +35,7 @@ def compare_outputs(model, speculator, prompts: Iterable[torch.Tensor], max_new_
         out = generate_greedily(
             model, prompt, max_new_tokens, assistant_model=speculator, return_dict_in_generate=True
         )
-        continuation = plain[0, prompt.shape[1] :].tolist()
+        continuation = out.sequences[0, prompt.shape[1] :].tolist()
         outcomes.append(
             PromptOutcome(
                 prompt=prompt[0].tolist(),

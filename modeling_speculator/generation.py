@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass
+from functools import update_wrapper
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -24,7 +25,8 @@ class GenerateSpeculativeOutput(GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns with a speculator.
 
     speculation: what the speculator achieved in this call.
-    past_key_values: a plain `DynamicCache` of all tokens but the last; None where rows of a batch differ in length.
+    past_key_values: a plain `DynamicCache` of all tokens but the last; None where
+        the prompt was padded or rows of the batch differ in length: a plain cache has no room for either.
     """
 
     speculation: SpeculationStatistics | None = None
@@ -56,23 +58,25 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 **kwargs,
             )
         model_kwargs = {key: value for key, value in kwargs.items() if key not in _LOOP_KWARGS}
-        check_inputs(self, input_ids, generation_config, logits_processor, stopping_criteria, model_kwargs)
+        check_inputs(self, generation_config, logits_processor, stopping_criteria, model_kwargs)
         decoder = SpeculativeDecoder(self, assistant_model, generation_config)
         return decoder.generate(input_ids, model_kwargs)
 
 
-# Arguments of the original loop that are not for the base model's forward.
-_LOOP_KWARGS = ("synced_gpus", "streamer", "inputs_tensor", "assistant_tokenizer", "tokenizer")
 _HOOKED = ("_validate_generation_mode", "_assisted_decoding")
 _originals = {}
+# Arguments of the original loop that are not for the base model's forward.
+_LOOP_KWARGS = ("synced_gpus", "streamer", "inputs_tensor", "assistant_tokenizer", "tokenizer")
 
 
 def install_generation_hook() -> None:
     """Lets `generate` of every model accept a speculator as `assistant_model`. Called on import; repeatable."""
     for name in _HOOKED:
         if name not in _originals:
-            _originals[name] = getattr(GenerationMixin, name)
-            setattr(GenerationMixin, name, vars(SpeculativeGenerationMixin)[name])
+            original = _originals[name] = getattr(GenerationMixin, name)
+            # `generate` passes what the signature names, so ours shows the original's.
+            hooked = update_wrapper(vars(SpeculativeGenerationMixin)[name], original, assigned=())
+            setattr(GenerationMixin, name, hooked)
 
 
 def remove_generation_hook() -> None:
@@ -137,11 +141,11 @@ class SpeculativeDecoder:
         logits = self.model._prefill(input_ids, self.generation_config, model_kwargs).logits[:, -1:]
         mask = model_kwargs.get("attention_mask")  # None where nothing is masked
         dense = mask is None and self.max_nodes == 1 and uses_sdpa(self.model)
-        mask = torch.ones_like(input_ids) if mask is None else mask.to(device)
+        mask = torch.ones_like(input_ids) if mask is None else mask.to(device).long()
         self.cache.start_steps(mask, self.max_nodes, dense)
 
         self.root_position = mask.sum(-1, keepdim=True) - 1  # (batch, 1), of each row's last token
-        self.last_position = self.root_position + budget
+        self.last_position = self.root_position + budget - 1  # the last token is never run
         self.lengths = torch.full((batch, 1), length, device=device)  # padding included
         self.budget = torch.full((batch,), budget, device=device)
         # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.

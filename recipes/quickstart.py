@@ -18,13 +18,13 @@ RECIPES = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--output_dir", type=Path, help="outputs/quickstart, or outputs/comparison of given models")
     parser.add_argument("--base_model", help="folder or Hub id; with --speculator, nothing is trained")
     parser.add_argument("--speculator", help="folder or Hub id of a speculator for it")
     args = parser.parse_args()
     if (args.base_model is None) != (args.speculator is None):
         parser.error("give both --base_model and --speculator, or none, to train them here")
-    folder = args.output_dir
+    folder = args.output_dir or Path("outputs/comparison" if args.base_model else "outputs/quickstart")
     models = {"base_model": args.base_model, "speculator": args.speculator}
 
     step("Splitting the standard library's source code", "1 second")

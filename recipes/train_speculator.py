@@ -49,7 +49,9 @@ def main() -> None:
         eval_dataset=validation_rows,
         **options,
     )
-    checkpoint = args.resume_from_checkpoint or latest_checkpoint(args.output_dir)
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in (None, "True", "true"):  # to go on from the newest is what a second run does anyway
+        checkpoint = latest_checkpoint(args.output_dir)
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -10,9 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LlamaConfig,
     MambaConfig,
+    MaxLengthCriteria,
     MistralConfig,
     StoppingCriteria,
     T5Config,
@@ -75,6 +77,9 @@ class Forever(StoppingCriteria):
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
         ({"stopping_criteria": [Forever()]}, "stopping criterion Forever"),
         ({"max_time": 1.0}, "MaxTimeCriteria"),
+        ({"stopping_criteria": [MaxLengthCriteria(6)], "max_new_tokens": 9}, "MaxLengthCriteria"),
+        ({"stopping_criteria": [EosTokenCriteria(3)], "eos_token_id": 1}, "EosTokenCriteria"),
+        ({"position_ids": torch.arange(3, 7)[None]}, "`position_ids` other than the attention mask's"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"past_key_values": DynamicCache()}, "past_key_values"),
         ({"inputs_embeds": torch.zeros(1, 4, HIDDEN)}, "inputs_embeds"),
@@ -134,7 +139,10 @@ def test_encoder_decoder():
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
 def test_more_tokens_than_positions(family):
-    refuses(tiny_model(family), "129 tokens in all.*128 positions", max_new_tokens=125)
+    model = tiny_model(family)
+    refuses(model, "129 tokens.*128 positions.*max_new_tokens", max_new_tokens=126)
+    out = model.generate(torch.arange(1, 5)[None], assistant_model=speculator(), max_new_tokens=125, do_sample=False)
+    assert out.shape == (1, 129)  # the last token is never run, so it needs no position
 
 
 def test_a_drafter_that_drafts_more_than_it_says(llama):
@@ -144,6 +152,12 @@ def test_a_drafter_that_drafts_more_than_it_says(llama):
     drafter.config.n_candidates, drafter.generate_candidates = 4, lambda *inputs: five(*inputs).repeat(1, 2, 1)
     with pytest.raises(ValueError, match=r"\(1, 8, 3\) tokens, more than its config's \(1, 4, 3\)"):
         llama.generate(text[:, :4], assistant_model=drafter, max_new_tokens=4, do_sample=False)
+
+
+def test_training_with_gradient_checkpointing():
+    model = tiny_model("llama").train()
+    model.activation_checkpointing_enable()
+    refuses(model, r"gradient checkpointing.*eval\(\)")
 
 
 def test_dials_that_do_not_fit(llama):

@@ -1,19 +1,30 @@
 """The theorem: with any speculator, greedy output is the base model's own, token for token."""
 
 import copy
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from datasets import Dataset
 from drafters import Oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
-from transformers import GenerationMixin
+from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model, word_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
 
 import modeling_speculator
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.cache import SpeculativeCache
 from modeling_speculator.checks import SUPPORTED_MODEL_TYPES
+from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingArguments
 
 
 def random_speculator(seed=0, **config):
@@ -80,6 +91,30 @@ def test_every_accepted_length_on_every_branch(family, attn_implementation):
     assert set(oracle.right_branches) == set(range(5))
 
 
+def test_trained_speculator(llama, tmp_path):
+    """On the text that it was trained on it is right most of the time, and never changes a token."""
+    text = generate(llama, prompt(5), max_new_tokens=60).sequences
+    speculator = random_speculator()
+    args = SpeculatorTrainingArguments(
+        output_dir=str(tmp_path), max_steps=60, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    SpeculatorTrainer(speculator, llama, args, train_dataset=Dataset.from_dict({"input_ids": text.tolist()})).train()
+    out = assert_same_text(llama, prompt(5), speculator.eval(), max_new_tokens=60)
+    assert out.speculation.tokens_per_step > 3
+    assert_same_text(llama, prompt(5, seed=1), speculator, max_new_tokens=60)
+
+
+def test_real_model(shared):
+    model = AutoModelForCausalLM.from_pretrained(shared / "data/stories260K-hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data/stories260K-hf")
+    for start in ("once upon a time", "lily and ben", "the"):
+        input_ids = tokenizer(start, return_tensors="pt").input_ids
+        text = generate(model, input_ids, max_new_tokens=150).sequences
+        oracle = Oracle(model, text, p_right=0.7)
+        out = assert_same_text(model, input_ids, oracle, max_new_tokens=150)
+        assert out.speculation.tokens_per_step > 1.5
+
+
 @pytest.mark.parametrize("prompt_length", [1, 2, 9])
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 6])
 def test_budget_ends_in_mid_step(llama, prompt_length, max_new_tokens):
@@ -113,8 +148,9 @@ def test_statistics_count_what_the_end_cut(llama):
 
 def test_positions_up_to_the_last(family):
     model = tiny_model(family)
-    text = generate(model, prompt(100), max_new_tokens=28).sequences  # all 128 positions
-    assert_same_text(model, prompt(100), Oracle(model, text), max_new_tokens=28)
+    text = generate(model, prompt(100), max_new_tokens=29).sequences  # the last token has no position, and needs none
+    oracle = Oracle(model, text[:, :128])
+    assert_same_text(model, prompt(100), oracle, max_new_tokens=29)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,8 +163,13 @@ def test_batch_of_left_padded_prompts(family):
     text = generate(model, input_ids, attention_mask=mask, max_new_tokens=40).sequences
     text_mask = torch.nn.functional.pad(mask, (0, 40), value=1)
     oracle = Oracle(model, text, text_mask, p_right=0.7)
-    out = model.generate(input_ids, attention_mask=mask, assistant_model=oracle, max_new_tokens=40, do_sample=False)
-    assert out.tolist() == text.tolist()
+    out = generate(model, input_ids, oracle, attention_mask=mask, max_new_tokens=40)
+    assert out.sequences.tolist() == text.tolist()
+    for row in out.speculation.per_sequence:
+        assert row.tokens == 39
+        assert set(row.emitted_per_step) == {1, 2, 3, 4}  # padded or not, the oracle is handed the right vectors
+    assert out.speculation.steps == sum(row.steps for row in out.speculation.per_sequence)
+    assert out.past_key_values is None
     eos = int(text[0, 9 + 11])
     options = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": eos, "do_sample": False}
     expected = model.generate(input_ids, **options)
@@ -177,6 +218,47 @@ def test_returned_cache_is_the_base_models(llama):
         torch.testing.assert_close(ours.keys, theirs.keys)
         torch.testing.assert_close(ours.values, theirs.values)
         assert not ours.keys.is_inference()
+
+
+def test_a_cache_is_freed_with_its_call(llama):
+    gc.collect()
+    gc.disable()
+    try:
+        generate(llama, prompt(6), random_speculator(), return_dict_in_generate=False)
+        assert not any(isinstance(thing, SpeculativeCache) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_attention_kernels_of_another_layout(llama, monkeypatch):
+    """CUDA's memory-efficient kernel returns (batch, nodes, heads, dim) in memory."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def transposed(*args, **kwargs):
+        return sdpa(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr("modeling_speculator.attention.F.scaled_dot_product_attention", transposed)
+    assert_same_text(llama, prompt(6), random_speculator())
+
+
+def test_masks_of_any_dtype(llama):
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = generate(llama, prompt(6), attention_mask=mask).sequences
+    for dtype in (torch.float32, torch.bool, torch.int32):
+        out = generate(llama, prompt(6), random_speculator(), attention_mask=mask.to(dtype))
+        assert out.sequences.tolist() == expected.tolist()
+
+
+def test_text_generation_pipeline(llama):
+    tokenizer = word_tokenizer([f"word{n}" for n in range(VOCAB)])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = pipeline("text-generation", model=llama, tokenizer=tokenizer)("word3 word4", **options)
+    plain = pipeline("text-generation", model=llama, tokenizer=tokenizer)
+    assert plain("word3 word4", assistant_model=random_speculator(), **options) == expected
+    # The constructor wants a tokenizer for every assistant with other special tokens; the loop has no use for it.
+    assistant = {"assistant_model": random_speculator(), "assistant_tokenizer": tokenizer}
+    generator = pipeline("text-generation", model=llama, tokenizer=tokenizer, **assistant)
+    assert generator("word3 word4", **options) == expected
 
 
 def test_base_model_is_left_as_it_was(llama):
@@ -228,6 +310,15 @@ def test_any_other_assistant_goes_transformers_own_way(llama):
     out = generate(llama, prompt(6), draft_model)
     assert out.sequences.tolist() == expected.tolist()
     assert not hasattr(out, "speculation")
+
+
+def test_other_assistants_of_encoder_decoders():
+    """Whose own path needs an argument that `generate` passes by the loop's signature."""
+    config = T5Config(vocab_size=VOCAB, d_model=HIDDEN, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model, draft_model = T5ForConditionalGeneration(config).eval(), T5ForConditionalGeneration(config).eval()
+    expected = model.generate(prompt(5), max_new_tokens=8, do_sample=False)
+    out = model.generate(prompt(5), assistant_model=draft_model, max_new_tokens=8, do_sample=False)
+    assert out.tolist() == expected.tolist()
 
 
 def test_hook_has_an_inverse(llama):

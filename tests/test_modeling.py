@@ -138,6 +138,7 @@ def test_saved_files_have_the_published_keys_and_names(tmp_path):
         "vocab_size": 50,
     }
     assert published.items() <= config.items()
+    assert config.keys() - published.keys() == {"dtype", "transformers_version"}  # nothing that is off or unset
     names = {f"speculator.{name}.{i}.weight" for name in ("emb", "proj", "head", "ln") for i in range(2)}
     assert load_file(tmp_path / "model.safetensors").keys() == names | {"speculator.ln.0.bias", "speculator.ln.1.bias"}
 
@@ -215,6 +216,7 @@ def test_tied_config_with_weights_that_differ(tmp_path):
         ({"top_k_tokens_per_head": [2, 1, 1], "n_candidates": 3}, "between 0 and 2.*n_candidates"),
         ({"n_candidates": -1}, "n_candidates"),
         ({"emb_dim": 0}, "emb_dim"),
+        ({"n_tree_nodes": 8}, "n_tree_nodes.*not supported"),
     ],
 )
 def test_bad_configs(config, complaint):

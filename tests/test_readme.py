@@ -4,11 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from tiny_models import VOCAB, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from tiny_models import VOCAB, tiny_model, word_tokenizer
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 
@@ -20,10 +16,8 @@ README = (ROOT / "README.md").read_text()
 def test_the_ten_lines(tmp_path, capsys):
     base_model, speculator = str(tmp_path / "base_model"), str(tmp_path / "speculator")
     tiny_model("llama").save_pretrained(base_model)
-    words = {"def": 0, "quicksort(numbers):": 1} | {f"word{n}": n for n in range(2, VOCAB)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="def"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base_model)
+    words = ["def", "quicksort(numbers):", *(f"word{n}" for n in range(2, VOCAB))]
+    word_tokenizer(words).save_pretrained(base_model)
     torch.manual_seed(0)
     config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, base_model_name_or_path=base_model)
     MLPSpeculatorPreTrainedModel(config).save_pretrained(speculator)

@@ -4,10 +4,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from tiny_models import word_tokenizer
 
 from modeling_speculator.trainers import load_texts, pack, parse_recipe, split
 
@@ -32,7 +29,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_recipes_are_valid(path):
-    model, data, training = parse_recipe(["--config", str(path), "--use_cpu", "true"])
+    model, data, training = parse_recipe(["--config", str(path)])
     assert training.stage == int(path.stem[-1])
     assert (data.dataset is None) != (data.data_files is None)
     if training.stage == 1:
@@ -51,6 +48,15 @@ def test_types_are_those_of_the_fields(recipe):
     assert data.data_files == ["a.txt", "b.txt"]
 
 
+def test_every_kind_of_value(recipe):
+    text = 'lr_scheduler_kwargs: {"min_lr": 1e-5}\nparabolic_schedule: false\nrun_name: -5\nspeculator: here'
+    model, _, training = parse_recipe(recipe(text) + ["--speculator", "null"])
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert training.run_name == "-5"
+    assert model.speculator is None
+    assert parse_recipe([f"--config={recipe('n_predict: 4')[1]}"])[0].n_predict == 4
+
+
 def test_a_flag_wins_over_the_file(recipe):
     args = recipe("max_steps: 5\nn_predict: 3") + ["--max_steps", "7", "--n_predict=4"]
     model, _, training = parse_recipe(args)
@@ -67,6 +73,9 @@ def test_a_flag_wins_over_the_file(recipe):
         ("max_steps: many", [], "max_steps.*invalid int"),
         ("max_steps: 1\nmax_steps: 2", [], "twice.*max_steps"),
         ("", ["--config"], "needs the path"),
+        ("text_column: {a: b}", [], "`text_column` takes one value"),
+        ("report_to: [wandb, tensorboard]", [], "`report_to` takes one value"),
+        ("top_k_tokens_per_head: [[5, 3]]", [], "`top_k_tokens_per_head` takes a flat list"),
         ("stage: 4", [], "`stage` must be 1"),
     ],
 )
@@ -82,10 +91,7 @@ def test_a_recipe_that_does_not_exist():
 
 @pytest.fixture
 def tokenizer():
-    words = {str(n): n for n in range(100)} | {"</s>": 100, "?": 101}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
+    return word_tokenizer([*map(str, range(100)), "</s>"], eos_token="</s>")
 
 
 def test_pack_joins_texts_with_the_end_token(tokenizer):

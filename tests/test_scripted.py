@@ -1,5 +1,7 @@
 """Scripted base models and drafts: the exact tokens, steps and accepted counts of the loop."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import FAMILIES
@@ -44,7 +46,7 @@ class ScriptedDrafter:
 
 @pytest.fixture
 def model():
-    model = CountingModel(FAMILIES["llama"]).eval()
+    model = CountingModel(copy.deepcopy(FAMILIES["llama"])).eval()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     model.forwards = []
     return model

@@ -38,7 +38,7 @@ class CountingModel(LlamaForCausalLM):
 
 @pytest.fixture
 def counting(llama):
-    model = CountingModel(llama.config).eval()
+    model = CountingModel(copy.deepcopy(llama.config)).eval()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model
 
@@ -117,11 +117,31 @@ def test_stage_2_stops_at_the_end_of_a_text(tmp_path, counting):
     assert labels[1].tolist() == list(range(32, 41))
 
 
+def test_stage_2_when_every_text_ends_at_once(tmp_path, counting):
+    counting.generation_config.eos_token_id = 21
+    trainer = DistillationTrainer(speculator(), counting, arguments(tmp_path), generation_length=10)
+    batch = trainer.batch({"input_ids": torch.tensor([[25, 3, 20], [7, 7, 20]])})
+    assert (batch.labels == -100).all()
+    assert trainer.model(*batch).loss == 0
+
+
+def test_evaluation_is_repeatable_and_takes_no_random_numbers(tmp_path, llama, make_trainer):
+    trainer = make_trainer(llama, arguments(tmp_path))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    losses = {trainer.evaluate()["eval_loss"] for _ in range(2)}
+    assert len(losses) == 1
+    assert torch.rand(1) == expected
+
+
 def test_stage_2_samples_from_the_base_model(tmp_path, llama):
     """Not greedily, and from the ten most probable tokens only, whatever the base model's own config says."""
     model = copy.deepcopy(llama)
     model.generation_config.do_sample, model.generation_config.top_k = False, 1
-    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.repetition_penalty, model.generation_config.num_beams = 5.0, 2
+    model.generation_config.return_dict_in_generate, model.generation_config.no_repeat_ngram_size = True, 1
+    theirs = model.generation_config
     trainer = DistillationTrainer(speculator(), model, arguments(tmp_path), generation_length=20)
     prompts = torch.randint(VOCAB, (8, 4), generator=torch.Generator().manual_seed(0))
     _, input_ids, _ = trainer.batch({"input_ids": prompts})
@@ -129,6 +149,7 @@ def test_stage_2_samples_from_the_base_model(tmp_path, llama):
     with torch.no_grad():
         logits = llama(text).logits[:, 3:-1]
     rank = (logits > logits.gather(2, text[:, 4:, None])).sum(-1)
+    assert model.generation_config is theirs
     assert rank.max() < 10
     assert rank.float().mean() > 0.3
 
@@ -157,6 +178,8 @@ def test_resumed_is_uninterrupted(tmp_path, llama, make_trainer):
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert latest_checkpoint(str(tmp_path / "nothing here")) is None
+    (tmp_path / "parts/checkpoint-best").mkdir()
+    assert latest_checkpoint(str(tmp_path / "parts")).endswith("checkpoint-4")
 
 
 def test_what_is_logged(tmp_path, llama, make_trainer):
@@ -223,6 +246,9 @@ def test_bad_input(tmp_path, llama):
     other = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB + 1, emb_dim=32))
     with pytest.raises(ValueError, match=f"`vocab_size={VOCAB + 1}`.*`vocab_size={VOCAB}`"):
         SpeculatorTrainer(other, llama, args)
+    with pytest.raises(ValueError, match="140 tokens.*128 positions.*sequence_length"):
+        trainer = SpeculatorTrainer(speculator(), tiny_model("gpt2"), args)
+        trainer.batch({"input_ids": torch.zeros(2, 140, dtype=torch.long)})
     with pytest.raises(ValueError, match="parabolic_schedule: false"):
         arguments(tmp_path, lr_scheduler_type="cosine")
     with pytest.raises(ValueError, match="`stage` must be 1"):

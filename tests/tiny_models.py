@@ -1,7 +1,19 @@
 """Tiny random models of real architectures."""
 
+import copy
+
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTBigCodeConfig, GraniteConfig, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 import modeling_speculator  # noqa: F401  installs the hook
 
@@ -52,7 +64,8 @@ FAMILIES = {
 def tiny_model(family: str, attn_implementation: str = "sdpa", seed: int = 0):
     """A random model without special tokens; its weights are so large that greedy text does not loop at once."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attn_implementation).eval()
+    config = copy.deepcopy(FAMILIES[family])  # a model keeps the one it is given
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -61,3 +74,10 @@ def tiny_model(family: str, attn_implementation: str = "sdpa", seed: int = 0):
     model.generation_config.bos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def word_tokenizer(words: list[str], **special_tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the given words; any other word is the first."""
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)

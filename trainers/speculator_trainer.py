@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checks import check_shapes
+from ..checks import check_positions, check_shapes
 from .metrics import correct_per_head, head_metrics, per_head
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
@@ -46,6 +46,10 @@ class SpeculatorTrainer(Trainer):
         **kwargs,
     ):
         check_shapes(base_model, model)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs. Start it with `accelerate launch`, one process each."
+            )
         kwargs.setdefault("compute_metrics", head_metrics)
         super().__init__(model=model, args=args, **kwargs)
         self.base_model = base_model.eval().to(args.device)
@@ -73,6 +77,7 @@ class SpeculatorTrainer(Trainer):
                 f"Sequences of {tokens.shape[1]} tokens, trained from position {first} on, are too short for "
                 f"{self.n_predict} heads, which need {self.n_predict + 2} tokens. Raise the sequence length."
             )
+        check_positions(self.base_model, tokens.shape[1])
         device_type = tokens.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):  # in the dtype that it was loaded in
             decoder = self.base_model.get_decoder()
@@ -105,6 +110,13 @@ class SpeculatorTrainer(Trainer):
             self._window, self._steps_logged = None, 0
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args, **kwargs):
+        """Draws the same random numbers in each evaluation, and uses up none of the training's."""
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed)
+            return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -126,8 +138,12 @@ def latest_checkpoint(output_dir: str) -> str | None:
 
     `Trainer` writes a checkpoint in place and its state last, so one whose state can't be read was cut off.
     """
-    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    steps = {}
+    for checkpoint in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdigit():
+            steps[int(step)] = checkpoint
+    for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
         except (OSError, json.JSONDecodeError):

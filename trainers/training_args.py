@@ -1,9 +1,13 @@
 """What a recipe can set: one flat YAML file a stage, every key also a `--key value` flag."""
 
 import difflib
+import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -54,6 +58,8 @@ class SpeculatorTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
+        if not torch.accelerator.is_available():  # otherwise bf16 on a CPU is refused
+            self.use_cpu = True
         super().__post_init__()
         if self.stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 (on text) or 2 (on generated text), but is {self.stage}.")
@@ -78,51 +84,75 @@ def parse_recipe(
         ValueError: for a key that does not exist (the nearest one is named), and for a value of another type.
     """
     classes = (ModelArguments, DataArguments, SpeculatorTrainingArguments)
+    parser = _RecipeParser(classes, allow_abbrev=False)
+    flags = {option: action for action in parser._actions for option in action.option_strings}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
-    args = list(args)
-    recipe = []
+
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    recipe = {}
     if "--config" in args:
         at = args.index("--config")
         if at + 1 == len(args):
             raise ValueError("`--config` needs the path of a YAML file.")
-        recipe = _as_flags(args[at + 1], known)
+        recipe = _read(args[at + 1], known)
         args[at : at + 2] = []
-    for arg in args:
+    for at, arg in reversed(list(enumerate(args))):
         if arg.startswith("--") and arg != "--help":
-            _check_key(arg[2:].split("=")[0], known, "the command line")
-    parser = _RecipeParser(classes, allow_abbrev=False)
-    *parsed, unknown = parser.parse_args_into_dataclasses(recipe + args, return_remaining_strings=True)
+            key, _, value = arg[2:].partition("=")
+            _check_key(key, known, "the command line")
+            recipe.pop(key, None)
+            if value == "null" or (not value and args[at + 1 : at + 2] == ["null"]):
+                args[at : at + (1 if value else 2)] = []
+
+    for key, value in recipe.items():
+        args = _as_flags(key, value, takes_list=flags[f"--{key}"].nargs == "+") + args
+    *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"Values without a key: {unknown}. Options are written `--key value`.")
     return tuple(parsed)
 
 
-def _as_flags(path: str, known: set[str]) -> list[str]:
-    """A YAML file as the flags that say the same, so that both are converted and checked by one parser."""
+def _read(path: str, known: Collection[str]) -> dict:
+    """The keys of a YAML file that are set; null means unset, the default."""
     if not Path(path).is_file():
         raise ValueError(f"`--config {path}`: there is no such file.")
-    recipe = yaml.load(Path(path).read_text(), Loader=_UniqueKeyLoader)
+    recipe = yaml.load(Path(path).read_text(), Loader=_RecipeLoader)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold `key: value` lines.")
-    flags = []
-    for key, value in recipe.items():
+    for key in recipe:
         _check_key(key, known, path)
-        if value is not None:
-            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return flags
+    return {key: value for key, value in recipe.items() if value is not None}
 
 
-def _check_key(key: str, known: set[str], where: str) -> None:
+def _as_flags(key: str, value, takes_list: bool) -> list[str]:
+    """A line of YAML as the flags that say the same, so that both are converted and checked by one parser."""
+    if isinstance(value, dict) and key in TrainingArguments._VALID_DICT_FIELDS:
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, list) and takes_list and not any(isinstance(item, (dict, list)) for item in value):
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"`{key}` takes {'a flat list' if takes_list else 'one value'}, but is {value}.")
+    return [f"--{key}={value}"]
+
+
+def _check_key(key: str, known: Collection[str], where: str) -> None:
     if key not in known:
         nearest = difflib.get_close_matches(str(key), known, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else " See `--help` for all keys."
         raise ValueError(f"Unknown key {key!r} in {where}.{hint}")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML that knows 1e-3 to be a number, and refuses a key that is given twice."""
+
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise ValueError(f"Keys given twice: {sorted(twice)}. Keep one of each.")
         return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

@@ -52,8 +52,8 @@ def main() -> None:
         },
         ROUNDS,
     )
-    show(min(outcomes, key=lambda outcome: abs(outcome.distinct_4grams - 0.8)), tokenizer)
     write_report(args, before, outcomes, rates)
+    show(max(outcomes, key=lambda outcome: outcome.distinct_4grams), tokenizer)
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=24, help="at most; one of each held-out file")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=48)
     return parser.parse_args()
 
 
@@ -74,6 +74,10 @@ def cut_prompts(args, tokenizer, device: str) -> list[torch.Tensor]:
     texts = [json.loads(line)["text"] for line in open(args.held_out)]
     rows = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     middles = [row[len(row) // 2 :][: args.prompt_length] for row in rows if len(row) > 4 * args.prompt_length]
+    if not middles:
+        raise ValueError(
+            f"No text in {args.held_out} has more than {4 * args.prompt_length} tokens: give longer ones."
+        )
     return [torch.tensor([row], device=device) for row in middles[: args.prompts]]
 
 

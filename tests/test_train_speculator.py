@@ -1,0 +1,64 @@
+"""The training script from the command line, both stages, on a tiny base model."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import VOCAB, tiny_model, word_tokenizer
+from transformers import AutoModel
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "recipes/train_speculator.py")
+LAUNCHERS = {
+    "python": [sys.executable, SCRIPT],
+    "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", SCRIPT],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    tiny_model("llama").save_pretrained(folder / "base_model")
+    words = [f"word{n}" for n in range(VOCAB)]
+    word_tokenizer(words).save_pretrained(folder / "base_model")
+    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
+    return folder
+
+
+def train(folder, launcher, *flags):
+    command = [
+        *LAUNCHERS[launcher],
+        *("--base_model", str(folder / "base_model"), "--data_files", str(folder / "text.txt"), "--use_cpu", "true"),
+        *("--save_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "4"),
+        *flags,
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def test_both_stages(folder):
+    stage1, stage2 = str(folder / "stage1"), str(folder / "stage2")
+    new = ["--n_predict", "2", "--inner_dim", "16", "--top_k_tokens_per_head", "3", "2", "--n_candidates", "4"]
+    options = ["--stage", "1", "--sequence_length", "32", "--output_dir", stage1, *new]
+    code, output = train(folder, "python", *options, "--max_steps", "2")
+    assert code == 0, output
+    code, output = train(folder, "python", *options, "--max_steps", "4")
+    assert code == 0, output
+    assert f"Resuming from {stage1}/checkpoint-2" in output
+
+    options = ["--stage", "2", "--prompt_length", "8", "--generation_length", "12", "--speculator", stage1]
+    code, output = train(folder, "accelerate launch", *options, "--max_steps", "2", "--output_dir", stage2)
+    assert code == 0, output
+    assert "eval_accuracy_head_2" in output
+    speculator = AutoModel.from_pretrained(stage2)
+    assert (speculator.config.n_predict, speculator.config.top_k_tokens_per_head) == (2, [3, 2])
+    assert speculator.config.base_model_name_or_path == str(folder / "base_model")
+
+
+def test_a_new_speculator_and_a_given_one(folder):
+    code, output = train(folder, "python", "--speculator", "somewhere", "--n_predict", "2", "--output_dir", "unused")
+    assert code != 0
+    assert "ValueError: ['n_predict'] describe a new speculator" in output
