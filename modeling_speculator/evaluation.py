@@ -1,9 +1,12 @@
 """Measuring speculation: same text, how many tokens per step, how fast."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -84,3 +87,18 @@ def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, l
 def speedup(rates: dict[str, list[float]], of: str, over: str) -> float:
     """Median over the rounds of the ratio of two runs of `time_in_turn`."""
     return statistics.median(a / b for a, b in zip(rates[of], rates[over], strict=True))
+
+
+def versions() -> dict[str, str]:
+    """What a figure was measured with."""
+    names = ("modeling-speculator", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure was measured on, and when."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {"processor": processor, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}

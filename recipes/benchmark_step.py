@@ -9,20 +9,22 @@ speculator is never right: its row shows what speculation costs.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.evaluation import generate_greedily, speedup, time_in_turn
+from modeling_speculator.evaluation import generate_greedily, machine, speedup, time_in_turn, versions
+
+
+COLUMNS = ("tokens_per_second", "speedup", "tokens_per_step", "step_ms", "draft_ms", "verify_ms", "rest_ms")
 
 
 def main() -> None:
@@ -39,46 +41,30 @@ def main() -> None:
         speculator.config.n_candidates = n
         return generate_greedily(model, prompt, args.max_new_tokens, assistant_model=speculator, **options)
 
-    def new_tokens(sequences: torch.Tensor) -> int:
-        return sequences.shape[1] - prompt.shape[1]
-
     rates = time_in_turn(
         {
-            "generate": lambda: new_tokens(generate_greedily(model, prompt, args.max_new_tokens)),
-            "n_candidates = 0": lambda: new_tokens(loop(0)),
-            f"n_candidates = {n_candidates}": lambda: new_tokens(loop(n_candidates)),
+            "generate": lambda: generate_greedily(model, prompt, args.max_new_tokens).shape[1] - prompt.shape[1],
+            "n_candidates = 0": lambda: loop(0).shape[1] - prompt.shape[1],
+            f"n_candidates = {n_candidates}": lambda: loop(n_candidates).shape[1] - prompt.shape[1],
         },
         args.rounds,
     )
+    print(f"\n{'':18}" + "".join(f"{column:>19}" for column in COLUMNS))
     results = {}
-    print(
-        f"\n{'':18}{'tokens/s':>10}{'speed-up':>10}{'tokens/step':>13}{'ms/step':>9}{'draft':>8}{'verify':>8}{'rest':>8}"
-    )
     for name, values in rates.items():
         row = {"tokens_per_second": statistics.median(values), "speedup": speedup(rates, name, "generate")}
-        line = f"{name:18}{row['tokens_per_second']:10.1f}{row['speedup']:10.2f}"
         if name != "generate":
             row |= step_times(model, speculator, loop, int(name.split()[-1]))
-            line += f"{row['tokens_per_step']:13.2f}" + "".join(
-                f"{row[key]:{width}.2f}" for key, width in (("step_ms", 9), ("draft", 8), ("verify", 8), ("rest", 8))
-            )
         results[name] = row
-        print(line)
+        print(f"{name:18}" + "".join(f"{row[column]:19.2f}" for column in COLUMNS if column in row))
     speculator.config.n_candidates = n_candidates
-    print("draft, verify (the base model's forward) and the rest are milliseconds of a step, the prefill not counted.")
+    print("Milliseconds of a step, the prefill not counted; verify is the forward of the base model.")
     if args.output:
-        machine = {
-            "processor": processor_name(),
-            "device": str(model.device),
-            "threads": args.threads,
-            "busy_cores_before": round(load, 2),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        report = {"arguments": {k: str(v) for k, v in vars(args).items()}, "machine": machine, "results": results}
+        arguments = {key: str(value) for key, value in vars(args).items()}
+        report = {"arguments": arguments, "machine": machine() | {"busy_cores_before": round(load, 2)}}
+        report |= {"versions": versions(), "results": results, "rates": rates}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report | {"rates": rates}, indent=2) + "\n")
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,7 +93,6 @@ def load_models(args) -> tuple:
             num_hidden_layers=8,
             num_attention_heads=8,
             eos_token_id=None,
-            bos_token_id=None,
         )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         prompt = torch.randint(config.vocab_size, (1, 64))
@@ -134,9 +119,8 @@ def step_times(model, speculator, loop, n_candidates: int) -> dict[str, float]:
         draft, verify = spent["generate_candidates"], spent["forward"]
         scale = 1000 / max(1, statistics_.steps)
         runs.append([scale * t for t in (total, draft, verify, total - draft - verify)])
-    step, draft, verify, rest = (statistics.median(column) for column in zip(*runs, strict=True))
-    tau = statistics_.tokens_per_step
-    return {"tokens_per_step": tau, "step_ms": step, "draft": draft, "verify": verify, "rest": rest}
+    medians = [statistics.median(column) for column in zip(*runs, strict=True)]
+    return dict(zip(COLUMNS[2:], [statistics_.tokens_per_step, *medians], strict=True))
 
 
 @contextmanager
@@ -144,13 +128,14 @@ def timed(module, name: str, spent: Counter):
     """Adds up the seconds in a method of a module; the first call, of the prefill, is kept apart."""
     original = getattr(module, name)
 
+    @wraps(original)  # `generate` looks at the signature
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
         result = original(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        first = name == "forward" and "first forward" not in spent
-        spent["first forward" if first else name] += time.perf_counter() - start
+        key = "first forward" if name == "forward" and "first forward" not in spent else name
+        spent[key] += time.perf_counter() - start
         return result
 
     setattr(module, name, wrapper)
@@ -158,13 +143,6 @@ def timed(module, name: str, spent: Counter):
         yield
     finally:
         delattr(module, name)
-
-
-def processor_name() -> str:
-    """As the system names it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

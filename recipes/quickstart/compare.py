@@ -5,19 +5,16 @@ python recipes/quickstart/compare.py --base_model X --speculator Y --held_out co
 
 import argparse
 import json
-import platform
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_speculator import SpeculationStatistics
-from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, speedup, time_in_turn
+from modeling_speculator import SpeculationStatistics, evaluation
+from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily
 
 
 LOOPS_BELOW = 0.5  # share of distinct 4-grams
@@ -45,7 +42,7 @@ def main() -> None:
         outputs = [generate_greedily(model, p, args.max_new_tokens, **options) for p in tqdm(prompts, desc=label)]
         return sum(out.shape[1] - prompt.shape[1] for out, prompt in zip(outputs, prompts, strict=True))
 
-    rates = time_in_turn(
+    rates = evaluation.time_in_turn(
         {
             "base": lambda: generate_all("plain       "),
             "speculative": lambda: generate_all("speculative ", assistant_model=speculator),
@@ -112,20 +109,15 @@ def write_report(args, before: list[PromptOutcome] | None, outcomes: list[Prompt
         "accepted_per_position": pool(outcomes).accepted_per_position,
         "base_tokens_per_second": statistics.median(rates["base"]),
         "speculative_tokens_per_second": statistics.median(rates["speculative"]),
-        "speedup": speedup(rates, of="speculative", over="base"),
+        "speedup": evaluation.speedup(rates, of="speculative", over="base"),
         "median_distinct_4grams": statistics.median(distinct),
         "distinct_4grams": distinct,
         "rates": rates,
         "base_model": args.base_model,
         "speculator": args.speculator,
         "max_new_tokens": args.max_new_tokens,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "modeling_speculator": version("modeling-speculator"),
-        },
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": evaluation.versions(),
+        "machine": evaluation.machine(),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
