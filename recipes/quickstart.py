@@ -59,7 +59,7 @@ def train(folder: Path) -> dict[str, Path]:
         output_dir=models["stage1"],
         **options,
     )
-    step("Training the speculator, stage 2: on what the base model generates", "1 minute")
+    step("Training the speculator, stage 2: on what the base model generates", "2 minutes")
     run(
         "train_speculator.py",
         done=models["speculator"] / "trainer_state.json",

@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, default=950)
+    parser.add_argument("--max_steps", type=int, default=800)
     args = parser.parse_args()
     set_seed(0)
     tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
