@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=24, help="at most; one of each held-out file")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens")
-    parser.add_argument("--max_new_tokens", type=int, default=48)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
     return parser.parse_args()
 
 
