@@ -7,8 +7,10 @@ nodes therefore leave holes that the next step writes into, and nothing is ever 
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+
+from .candidate_tree import CandidateTree
 
 
 @dataclass
@@ -28,14 +30,26 @@ class Slots:
 
 
 class SpeculativeLayer(CacheLayerMixin):
-    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim), written where its slots say."""
+    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim), written where its slots say.
 
-    is_sliding = False
+    Args:
+        slots: shared by all layers.
+        past: the layer of an earlier call's cache to go on from; it is copied.
+    """
 
-    def __init__(self, slots: Slots):
+    is_sliding = False  # a window is a matter of the mask: what it hides stays stored
+
+    def __init__(self, slots: Slots, past: CacheLayerMixin | None = None):
         super().__init__()
         self.slots = slots  # not the cache: a cycle would keep the memory until Python collects it
-        self.length = 0  # tokens written by the prefill
+        self.length = 0  # tokens written before the first step
+        if past is not None and past.is_initialized:
+            self.lazy_initialization(past.keys, past.values)
+            self.length = int(past.get_seq_length())
+            # Of a layer with a window the oldest are gone, and of a static one the rest is empty.
+            stored = min(self.length, past.keys.shape[2])
+            self.keys[:, :, self.length - stored : self.length] = past.keys[:, :, :stored]
+            self.values[:, :, self.length - stored : self.length] = past.values[:, :, :stored]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def allocate(like: torch.Tensor) -> torch.Tensor:
@@ -62,7 +76,7 @@ class SpeculativeLayer(CacheLayerMixin):
         return self.keys[:, :, :in_use], self.values[:, :, :in_use]
 
     def _write(self, storage: torch.Tensor, states: torch.Tensor) -> None:
-        rows, nodes = self.slots.rows, self.slots.nodes
+        rows, nodes = self.slots.rows.to(storage.device), self.slots.nodes.to(storage.device)
         if len(nodes) == 1:  # half the time of the general case
             storage.index_copy_(2, nodes[0], states)
         else:
@@ -83,14 +97,28 @@ class SpeculativeCache(Cache):
 
     Use: run the prefill, call `start_steps`, then for every step `prepare_step`, a forward of the base model, `keep`.
 
+    Attributes:
+        context_vectors: (batch, nodes, hidden_size), what the decoder returned in the forward that used this cache.
+
     Args:
         n_layers: layers of the base model.
         capacity: slots per row: prompt, tokens to generate and the nodes of one tree.
+        windows: the masks that the base model expects, from `attention_windows`.
+        past: the cache of an earlier call.
     """
 
-    def __init__(self, n_layers: int, capacity: int):
+    context_vectors: torch.Tensor
+
+    def __init__(self, n_layers: int, capacity: int, windows: dict[str | None, int | None], past: Cache | None = None):
         self.slots = Slots(capacity)
-        super().__init__(layers=[SpeculativeLayer(self.slots) for _ in range(n_layers)])
+        self.windows = windows
+        layers = [] if past is None else past.layers  # of an empty `DynamicCache()` there are none
+        super().__init__(
+            layers=[
+                SpeculativeLayer(self.slots, layers[index] if index < len(layers) else None)
+                for index in range(n_layers)
+            ]
+        )
 
     def start_steps(self, attention_mask: torch.Tensor, max_nodes: int, dense: bool = False) -> None:
         """Ends the prefill.
@@ -98,71 +126,83 @@ class SpeculativeCache(Cache):
         Args:
             attention_mask: (batch, prompt), 0 at padding.
             max_nodes: the most nodes of a step.
-            dense: whether every slot in use is attended to by every node: one node per step and no padding.
+            dense: whether every slot in use is attended to by every node: one node per step, no padding, no window.
         """
         batch, length = attention_mask.shape
         device = attention_mask.device
         self.slots.rows = torch.arange(batch, device=device)[:, None]
-        # The position that each slot's key stands for, -1 where the slot is empty or was rejected.
-        self.positions = torch.full((batch, self.slots.capacity), -1, device=device)
-        self.positions[:, :length] = torch.where(attention_mask.bool(), attention_mask.long().cumsum(-1) - 1, -1)
+        # The column of the text that each slot's key stands for, -1 where it is padding, empty or was rejected.
+        # Windows count columns, padding and all, as the masks of transformers do.
+        self.columns = torch.full((batch, self.slots.capacity), -1, device=device)
+        self.columns[:, :length] = torch.where(attention_mask.bool(), torch.arange(length, device=device), -1)
         # The next `max_nodes` free slots of each row, and the first slot that no row has ever used.
         self.free = length + torch.arange(max_nodes, device=device).repeat(batch, 1)
         self.frontier = torch.full((batch, 1), length + max_nodes, device=device)
+        self.prompt_length = length
         self.dense = dense
-        self.padded = not bool(attention_mask.all())
         self.along = torch.arange(max_nodes, device=device)
         dtype = self.layers[0].keys.dtype
         self.attend = torch.zeros((), dtype=dtype, device=device)
         self.ignore = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
 
-    def prepare_step(self, ancestors: torch.Tensor, in_use: int) -> torch.Tensor | None:
+    def prepare_step(
+        self, tree: CandidateTree, root_column: torch.Tensor, in_use: int
+    ) -> torch.Tensor | dict[str, torch.Tensor | None] | None:
         """Gives this step's nodes their slots and returns what each of them attends to.
 
         Args:
-            ancestors: (batch, nodes, nodes) bool.
+            root_column: (batch, 1), of each row's root.
             in_use: the highest `frontier` of all rows.
 
         Returns:
             (batch, 1, nodes, in_use), 0 where a node attends to a slot, else the lowest number of the keys' dtype.
             To be added to the scores, for eager attention takes no other mask, and sdpa turns others into this one.
-            None where the cache is dense.
+            A dict of them where layers differ; None for each where the cache is dense.
         """
-        nodes = ancestors.shape[1]
-        self.slots.nodes, self.slots.in_use = self.free[:, :nodes], in_use
-        if self.dense:
-            return None
-        mask = self._additive(self.positions[:, :in_use] >= 0)[:, None].repeat(1, nodes, 1)
-        mask.scatter_(2, self.slots.nodes[:, None].expand(-1, nodes, -1), self._additive(ancestors))
-        return mask[:, None]
+        nodes = tree.depths.shape[1]
+        slots = self.slots.nodes = self.free[:, :nodes]
+        self.slots.in_use = in_use
+        masks = dict.fromkeys(self.windows)
+        if not self.dense:
+            attends = (self.columns[:, :in_use] >= 0)[:, None].repeat(1, nodes, 1)
+            attends.scatter_(2, slots[:, None].expand(-1, nodes, -1), tree.ancestors)
+            for kind, window in self.windows.items():
+                allowed = attends
+                if window is not None and window < in_use:
+                    column = root_column + tree.depths  # (batch, nodes)
+                    columns = self.columns[:, :in_use].scatter(1, slots, column)
+                    allowed = attends & (columns[:, None] > column[:, :, None] - window)
+                masks[kind] = torch.where(allowed, self.attend, self.ignore)[:, None]
+        return masks[None] if None in masks else masks
 
-    def _additive(self, attends: torch.Tensor) -> torch.Tensor:
-        return torch.where(attends, self.attend, self.ignore)
-
-    def keep(self, nodes: torch.Tensor, n_kept: torch.Tensor, position: torch.Tensor) -> None:
-        """Keeps the first `n_kept` (batch,) of `nodes` (batch, depth + 1), a path, and frees all other nodes.
+    def keep(self, nodes: torch.Tensor, n_kept: torch.Tensor, root_column: torch.Tensor) -> None:
+        """Keeps the first `n_kept` (batch,) of `nodes` (batch, max_depth + 1), a path, and frees all other nodes.
 
         Args:
-            position: (batch, 1), of the path's first node.
+            root_column: (batch, 1), of the path's first node.
         """
+        # Beyond the kept ones the last of them is written again, so that every write to a place is the same.
+        along = torch.minimum(self.along[: nodes.shape[1]], (n_kept[:, None] - 1).clamp(min=0))
+        nodes = nodes.gather(1, along)
         slots = self.slots.nodes.gather(1, nodes)
-        along = self.along[: nodes.shape[1]]
-        kept = along < n_kept[:, None]
-        self.positions.scatter_(1, slots, torch.where(kept, position + along, -1))
+        kept = n_kept[:, None] > 0
+        self.columns.scatter_(1, slots, torch.where(kept, root_column + along, -1))
         self.free.scatter_(1, nodes, torch.where(kept, self.frontier + along, slots))
-        self.frontier = self.frontier + n_kept[:, None]
+        self.frontier += n_kept[:, None]
 
-    def to_dynamic_cache(self) -> DynamicCache | None:
-        """A plain cache of the same keys and values in the order of their positions.
+    def copy_to(self, cache: Cache, length: int) -> Cache:
+        """Fills a cache of transformers with the keys and values of the first `length` columns, in their order.
 
-        None if rows differ in length or the prompt was padded: a plain cache has no room for either.
+        Rows must have all of them.
         """
-        lengths = (self.positions >= 0).sum(-1)
-        if self.padded or (lengths != lengths[0]).any():
-            return None
-        slots = self.positions.argsort(-1)[:, self.slots.capacity - int(lengths[0]) :]  # empty slots sort first
-        dynamic = DynamicCache()
+        columns = torch.where(self.columns < self.prompt_length, length, self.columns).clamp(max=length)
+        slots = self.columns.new_zeros(len(columns), length + 1)  # one too many, for slots that are not wanted
+        slots.scatter_(1, columns, torch.arange(self.slots.capacity, device=slots.device).expand_as(columns))
+        slots[:, : self.prompt_length] = torch.arange(self.prompt_length, device=slots.device)  # never moved
+        slots = slots[:, :length]
+        cache.reset()
         for index, layer in enumerate(self.layers):
-            keys, values = layer.keys[self.slots.rows, :, slots], layer.values[self.slots.rows, :, slots]
-            dynamic.update(keys.transpose(1, 2), values.transpose(1, 2), index)
-        return dynamic
+            rows, ordered = self.slots.rows.to(layer.keys.device), slots.to(layer.keys.device)
+            keys, values = layer.keys[rows, :, ordered], layer.values[rows, :, ordered]
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
+        return cache

@@ -1,43 +1,44 @@
 """The candidate tree: drafted sequences merged by common prefix, as tensors of fixed shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from torch.nn import functional as F
 
 
 @dataclass
 class CandidateTree:
-    """Drafted candidates and the tree that they share. Node 0 is the root: the last accepted token.
+    """Drafted tokens as a tree. Node 0 is the root: the last accepted token.
 
-    Nodes are numbered level by level, so that a parent comes before its children. Rows of the batch with fewer
-    nodes than the widest are padded at the end; no path leads through padding.
+    Nodes are numbered level by level, so that a parent comes before its children, and siblings differ in their token.
+    Rows of the batch with fewer nodes than the widest are padded at the end with nodes of depth 0.
 
     Attributes:
-        candidates: (batch, n_candidates, depth) token ids.
-        paths: (batch, n_candidates, depth + 1), the nodes on each candidate's path, the root first.
         input_ids: (batch, nodes) token ids.
-        depths: (batch, nodes), 0 at the root.
+        parents: (batch, nodes), the node before; 0 at the root and at padding.
+        depths: (batch, nodes), 0 at the root and at padding.
         ancestors: (batch, nodes, nodes) bool, True where the second is the first or an ancestor of it.
         n_nodes: (batch,), the root included and padding not.
+        max_depth: the most drafted tokens on a path.
     """
 
-    candidates: torch.Tensor
-    paths: torch.Tensor
     input_ids: torch.Tensor
+    parents: torch.Tensor
     depths: torch.Tensor
     ancestors: torch.Tensor
     n_nodes: torch.Tensor
+    max_depth: int
 
     @classmethod
     def root_only(cls, root: torch.Tensor) -> "CandidateTree":
-        """The tree without a draft, of one empty candidate: root (batch, 1) -> one node."""
+        """The tree without a draft: root (batch, 1) -> one node."""
         return cls(
-            candidates=root[:, :, None][..., :0],
-            paths=torch.zeros_like(root)[:, :, None],
             input_ids=root,
+            parents=torch.zeros_like(root),
             depths=torch.zeros_like(root),
             ancestors=torch.ones_like(root, dtype=torch.bool)[:, :, None],
             n_nodes=torch.ones_like(root[:, 0]),
+            max_depth=0,
         )
 
     @classmethod
@@ -64,22 +65,54 @@ class CandidateTree:
         input_ids = zeros.scatter(1, node, candidates.transpose(1, 2).flatten(1))
         input_ids[:, :1] = root
         depths = zeros.scatter(1, node, (level + 1).expand(batch, -1))
-        paths = torch.nn.functional.pad(node.view(batch, depth, n_candidates).transpose(1, 2), (1, 0))
+        node_before = F.pad(node, (n_candidates, 0))  # (batch, (depth + 1) * n_candidates), all candidates' root first
+        parents = zeros.scatter(1, node, node_before[:, : depth * n_candidates])
+        paths = node_before.view(batch, depth + 1, n_candidates).transpose(1, 2)
         on_path = torch.zeros(batch, n_candidates, max_nodes, dtype=torch.bool, device=root.device)
         on_path.scatter_(2, paths, True)
         path_of = zeros.scatter(1, node, owner)  # (batch, max_nodes), a candidate that passes through the node
         ancestors = on_path.gather(1, path_of[:, :, None].expand(-1, -1, max_nodes))
         ancestors = ancestors & (depths[:, None] <= depths[:, :, None])
         ancestors = ancestors | torch.eye(max_nodes, dtype=torch.bool, device=root.device)  # padding sees itself
-        return cls(candidates, paths, input_ids, depths, ancestors, number[:, -1] + 1)
+        return cls(input_ids, parents, depths, ancestors, number[:, -1] + 1, max_depth=depth)
+
+    @classmethod
+    def from_parents(
+        cls, root: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, depths: torch.Tensor, max_depth: int
+    ) -> "CandidateTree":
+        """A tree whose drafted nodes are given level by level: root (batch, 1), the others (batch, nodes - 1)."""
+        parents, depths = F.pad(parents, (1, 0)), F.pad(depths, (1, 0))
+        nodes = parents.shape[1]
+        itself = torch.eye(nodes, dtype=torch.bool, device=root.device)
+        ancestors = itself.expand(len(root), -1, -1)
+        for _ in range(max_depth):  # a node's ancestors are itself and its parent's
+            ancestors = itself | ancestors.gather(1, parents[:, :, None].expand(-1, -1, nodes))
+        return cls(
+            input_ids=torch.cat([root, tokens], dim=1),
+            parents=parents,
+            depths=depths,
+            ancestors=ancestors,
+            n_nodes=torch.full_like(root[:, 0], nodes),
+            max_depth=max_depth,
+        )
 
     def trim(self, n_nodes: int) -> "CandidateTree":
         """The tree without padding beyond the `n_nodes` nodes of its widest row."""
         return CandidateTree(
-            candidates=self.candidates,
-            paths=self.paths,
             input_ids=self.input_ids[:, :n_nodes],
+            parents=self.parents[:, :n_nodes],
             depths=self.depths[:, :n_nodes],
             ancestors=self.ancestors[:, :n_nodes, :n_nodes],
             n_nodes=self.n_nodes,
+            max_depth=self.max_depth,
         )
+
+    def rows(self, rows: slice) -> "CandidateTree":
+        """The trees of some rows of the batch."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return CandidateTree(**{k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+    def child(self, node: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which child of each row's node (batch,) carries a token (batch,), and whether there is one."""
+        is_it = (self.parents == node[:, None]) & (self.input_ids == token[:, None]) & (self.depths > 0)
+        return is_it.int().argmax(-1), is_it.any(-1)

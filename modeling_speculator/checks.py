@@ -2,20 +2,24 @@
 
 from collections.abc import Iterable
 
-import torch
-from transformers import GenerationConfig
-from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
+from transformers import Cache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.generation import GenerationMode
 
 from .attention import uses_sdpa
 from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .families import LEARNED_POSITIONS, SUPPORTED_MODEL_TYPES, attention_windows
 
 
-# Base models whose output was shown to be reproduced exactly: a family is added with its test.
-SUPPORTED_MODEL_TYPES = ("llama", "granite", "gpt_bigcode", "gpt2")
-# Those among them with a table of positions, which ends.
-_LEARNED_POSITIONS = ("gpt_bigcode", "gpt2")
 # What may reach the forward of the base model besides the tokens.
-_KNOWN_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN_MODEL_KWARGS = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "output_hidden_states",
+    "position_ids",
+    "use_cache",
+}
 
 
 def check_models(model, speculator) -> None:
@@ -37,6 +41,7 @@ def check_models(model, speculator) -> None:
             f"{name} has `rope_type={rope_type!r}`, whose angles depend on the longest position in a forward, drafted "
             "ones included: the output would differ. Generate without `assistant_model`."
         )
+    attention_windows(config)
     check_shapes(model, speculator)
     if isinstance(speculator.config, MLPSpeculatorConfig):
         speculator.config.check_dials(speculator.config.top_k_tokens_per_head, speculator.config.n_candidates)
@@ -44,10 +49,6 @@ def check_models(model, speculator) -> None:
         raise ValueError(
             f"{name} runs with `attn_implementation={config._attn_implementation!r}`, which takes no mask of a "
             'candidate tree. Load it with `attn_implementation="sdpa"` or "eager".'
-        )
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise ValueError(
-            f"{name} is spread over several devices, which speculation does not support. Load it on one device."
         )
     if model.training and model.is_activation_checkpointing:
         raise ValueError(
@@ -74,76 +75,90 @@ def check_shapes(model, speculator) -> None:
             )
 
 
-def check_options(generation_mode, generation_config: GenerationConfig, mode_kwargs: dict) -> None:
+def check_options(generation_mode, generation_config: GenerationConfig) -> None:
     """Raises a ValueError that names a generation option which speculation can't honour."""
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"A speculator can't be combined with {generation_mode.value.replace('_', ' ')}. Set `num_beams=1` and no "
             "other decoding strategy, or drop `assistant_model`."
         )
+    implementation = generation_config.cache_implementation
     not_supported = {
-        "do_sample=True": generation_config.do_sample,
         "use_cache=False": not generation_config.use_cache,
-        "num_return_sequences > 1": generation_config.num_return_sequences > 1,
-        f"cache_implementation={generation_config.cache_implementation!r}": (
-            generation_config.cache_implementation not in (None, "dynamic")
-        ),
-        "output_scores=True": generation_config.output_scores,
-        "output_logits=True": generation_config.output_logits,
+        f"cache_implementation={implementation!r}": implementation not in (None, "dynamic", "static"),
+        # Keys lie in the order in which they were drafted, rejected ones among them.
         "output_attentions=True": generation_config.output_attentions,
-        "output_hidden_states=True": generation_config.output_hidden_states,
         "token_healing=True": generation_config.token_healing,
-        "synced_gpus=True": mode_kwargs.get("synced_gpus"),
-        "a streamer": mode_kwargs.get("streamer") is not None,
     }
     _refuse(name for name, given in not_supported.items() if given)
 
 
-def check_inputs(model, generation_config, logits_processor, stopping_criteria, model_kwargs) -> None:
+def check_request(model, request) -> None:
     """Raises a ValueError for what only shows once `generate` has prepared its inputs; nothing has run by then."""
-    cache = model_kwargs.get("past_key_values")
-    unknown = sorted(key for key in model_kwargs.keys() - _KNOWN_MODEL_KWARGS if model_kwargs[key] is not None)
-    foreign = [c for c in stopping_criteria if not _is_our_criterion(c, generation_config)]
-    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    model_kwargs = request.model_kwargs
     _refuse(
-        [f"the model input `{key}`" for key in unknown]
-        + [f"the logits processor {type(processor).__name__}" for processor in logits_processor]
-        + [f"the stopping criterion {type(criterion).__name__}" for criterion in foreign]
-        + (["`past_key_values` of an earlier call"] if getattr(cache, "_is_user_defined", False) else [])
-        + (["`position_ids` other than the attention mask's"] if not _counts_the_mask(position_ids, mask) else [])
+        f"the model input `{key}`"
+        for key in sorted(model_kwargs.keys() - _KNOWN_MODEL_KWARGS)
+        if model_kwargs[key] is not None
     )
-    padding = 0 if mask is None else int((mask == 0).sum(-1).min())
-    check_positions(model, generation_config.max_length - padding - 1)  # the last token is never run
+    batch, given = request.input_ids.shape
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    cache = request.past_key_values
+    if cache is not None:
+        check_cache(cache, request)
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    given = given if embeds is None else embeds.shape[1]
+    rows = batch if mask is None else mask.shape[0]
+    if rows != batch or request.context_length not in {given, cached + given}:
+        raise ValueError(
+            f"`attention_mask` has shape {(rows, request.context_length)}, but the inputs have {(batch, given)}"
+            + (f" and the cache {cached} tokens more" if cached else "")
+            + ". Give it an entry for every token, those in the cache included."
+        )
+    if request.context_length <= cached:
+        raise ValueError(
+            f"`past_key_values` holds {cached} tokens already, all of the {request.context_length} that were given. "
+            "Pass at least one new token, or `past_key_values.crop(-1)` first."
+        )
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is not None and position_ids.ndim != 2:
+        raise ValueError(f"`position_ids` must have the shape (batch, length), but have {tuple(position_ids.shape)}.")
+    check_positions(model, int(request.last_positions.max()) + request.budget)  # the last token is never run
+
+
+def check_cache(cache: Cache, request) -> None:
+    """Raises a ValueError for a cache of an earlier call that can't be read, or is too small to be handed back."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+    if getattr(cache, "offloading", False) or any(type(layer) not in kinds for layer in cache.layers):
+        raise ValueError(
+            f"Speculation reads no {type(cache).__name__} whose layers are offloaded, quantized or other than keys "
+            "and values. Pass a `DynamicCache` or a `StaticCache` as `past_key_values`."
+        )
+    batch, mask = len(request.input_ids), request.model_kwargs.get("attention_mask")
+    if batch > 1 and mask is not None and not mask.all():
+        raise ValueError(
+            "`past_key_values` can be passed for a batch only if no row is padded. Pass the rows one by one."
+        )
+    rows = {layer.keys.shape[0] for layer in cache.layers if layer.is_initialized}
+    if rows - {batch}:
+        raise ValueError(f"`past_key_values` is of a batch of {max(rows)}, but the inputs are of one of {batch}.")
+    room = min((layer.get_max_length() for layer in cache.layers if type(layer) is StaticLayer), default=None)
+    needed = request.context_length + request.budget - 1
+    if room is not None and needed > room:
+        raise ValueError(
+            f"`past_key_values` is a static cache of {room} tokens, but the request needs {needed}. "
+            "Make it larger, or lower `max_new_tokens`."
+        )
 
 
 def check_positions(model, n_tokens: int) -> None:
     """Raises a ValueError where a model with a table of positions is to read more tokens than it holds."""
     config = model.config.get_text_config(decoder=True)
-    if config.model_type in _LEARNED_POSITIONS and n_tokens > config.max_position_embeddings:
+    if config.model_type in LEARNED_POSITIONS and n_tokens > config.max_position_embeddings:
         raise ValueError(
             f"{n_tokens} tokens are more than the {config.max_position_embeddings} positions that the base model "
             "learned. Shorten the text, or lower `max_new_tokens` (training: `sequence_length`, `generation_length`)."
         )
-
-
-def _is_our_criterion(criterion, generation_config: GenerationConfig) -> bool:
-    """Whether it says no more than the lengths and end tokens of the generation config, which the loop honours."""
-    if type(criterion) is MaxLengthCriteria:
-        return criterion.max_length == generation_config.max_length
-    if type(criterion) is EosTokenCriteria:
-        ours = generation_config._eos_token_tensor
-        return ours is not None and set(criterion.eos_token_id.tolist()) == set(ours.tolist())
-    return False
-
-
-def _counts_the_mask(position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
-    """Whether positions are those that `generate` makes itself: 0, 1, 2, ... over the tokens that are no padding."""
-    if position_ids is None:
-        return True
-    if mask is None:
-        return torch.equal(position_ids, torch.arange(position_ids.shape[-1]).to(position_ids).expand_as(position_ids))
-    counted = mask.long().cumsum(-1) - 1
-    return bool(((position_ids == counted) | (mask == 0)).all())
 
 
 def _refuse(options: Iterable[str]) -> None:

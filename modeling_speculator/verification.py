@@ -10,8 +10,8 @@ from .candidate_tree import CandidateTree
 class Verified(NamedTuple):
     """What one step emits. Entries at and beyond `n_tokens` are meaningless.
 
-    tokens: (batch, depth + 1), the accepted tokens, then the base model's own next one (the bonus token).
-    nodes: (batch, depth + 1), the node that each token was drawn at: the root, then the accepted ones.
+    tokens: (batch, max_depth + 1), the accepted tokens, then the base model's own next one (the bonus token).
+    nodes: (batch, max_depth + 1), the node that each token was drawn at: the root, then the accepted ones.
     n_tokens: (batch,), how many are emitted.
     """
 
@@ -20,22 +20,26 @@ class Verified(NamedTuple):
     n_tokens: torch.Tensor
 
 
-def verify_greedy(logits: torch.Tensor, tree: CandidateTree) -> Verified:
-    """Descends from the root while the base model's most probable token is a child: logits (batch, nodes, vocab)."""
-    return accept(logits.argmax(-1), tree)
-
-
 def accept(drawn: torch.Tensor, tree: CandidateTree) -> Verified:
     """Descends from the root while the token drawn at a node is a child of it.
+
+    Candidates are chosen without chance, given the text so far. A draw at a node is one from the base model's own
+    distribution whatever its children are, and so the text that is emitted has that distribution.
 
     Args:
         drawn: (batch, nodes), the token that the base model draws after each node.
     """
-    drawn = drawn.gather(1, tree.paths.flatten(1)).view_as(tree.paths)  # (batch, n_candidates, depth + 1)
-    agrees = drawn[..., :-1] == tree.candidates
-    n_accepted, best = agrees.cumprod(-1).sum(-1).max(-1)  # (batch,)
-    best = best[:, None, None].expand(-1, 1, drawn.shape[-1])
-    return Verified(drawn.gather(1, best)[:, 0], tree.paths.gather(1, best)[:, 0], n_accepted + 1)
+    agrees = (drawn.gather(1, tree.parents) == tree.input_ids) & (tree.depths > 0)
+    agrees[:, 0] = True  # the root was drawn in the step before
+    accepted = (agrees[:, None] | ~tree.ancestors).all(-1)  # (batch, nodes)
+    n_accepted, last = torch.where(accepted, tree.depths, -1).max(-1)  # siblings differ: there is one deepest node
+    nodes = tree.input_ids.shape[1]
+    on_path = tree.ancestors.gather(1, last[:, None, None].expand(-1, 1, nodes))[:, 0]
+    place = torch.where(on_path, tree.depths, tree.max_depth + 1)  # one place too many, for those off the path
+    path = drawn.new_zeros(len(drawn), tree.max_depth + 2)
+    path.scatter_(1, place, torch.arange(nodes, device=drawn.device).expand_as(place))
+    path = path[:, : tree.max_depth + 1]
+    return Verified(drawn.gather(1, path), path, n_accepted + 1)
 
 
 def cut_at_end(
@@ -55,7 +59,7 @@ def cut_at_end(
     budget = budget - n_tokens
     if eos_token_ids is not None:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        is_eos = torch.isin(tokens, eos_token_ids) & (steps < n_tokens[:, None])
+        is_eos = (tokens[..., None] == eos_token_ids).any(-1) & (steps < n_tokens[:, None])
         has_eos = is_eos.any(-1)
         n_tokens = torch.where(has_eos, is_eos.int().argmax(-1) + 1, n_tokens)
         budget = budget.masked_fill(has_eos, 0)

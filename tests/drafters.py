@@ -43,7 +43,8 @@ class Oracle:
     def generate_candidates(self, hidden_states, input_ids):
         batch, n_predict, n_candidates = len(input_ids), self.config.n_predict, self.config.n_candidates
         distance = (self.context_vectors - hidden_states).norm(dim=-1)
-        place = distance.argmin(-1)  # (batch,)
+        follows = self.text[:, 1 : 1 + distance.shape[1]] == input_ids  # the context vector's token was drawn already
+        place = distance.masked_fill(~follows, torch.inf).argmin(-1)  # (batch,)
         truth = self.text.gather(1, place[:, None] + 2 + torch.arange(n_predict))
         # All branches are wrong from the first token on, and differ from one another ...
         shift = 1 + torch.arange(n_candidates) % (self.vocab_size - 1)

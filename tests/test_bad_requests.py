@@ -10,13 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DynamicCache,
-    EosTokenCriteria,
-    GenerationConfig,
+    FalconConfig,
     LlamaConfig,
     MambaConfig,
-    MaxLengthCriteria,
-    MistralConfig,
-    StoppingCriteria,
+    Qwen2Config,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
     TextStreamer,
@@ -54,47 +52,50 @@ def refuses(model, match, drafter=None, input_ids=None, **options):
             handle.remove()
 
 
-class Forever(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+def static_cache(model, length):
+    return StaticCache(config=model.config, max_cache_len=length)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"do_sample": True}, "do_sample=True"),
         ({"use_cache": False}, "use_cache=False"),
         ({"num_beams": 2}, "can't be combined with beam search.*num_beams=1"),
         ({"num_beams": 2, "do_sample": True}, "beam"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "(?i)contrastive search"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
-        ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
-        ({"repetition_penalty": 1.3}, "RepetitionPenalty"),
-        ({"min_new_tokens": 3, "eos_token_id": 1}, "MinNewTokens"),
-        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
-        ({"stopping_criteria": [Forever()]}, "stopping criterion Forever"),
-        ({"max_time": 1.0}, "MaxTimeCriteria"),
-        ({"stopping_criteria": [MaxLengthCriteria(6)], "max_new_tokens": 9}, "MaxLengthCriteria"),
-        ({"stopping_criteria": [EosTokenCriteria(3)], "eos_token_id": 1}, "EosTokenCriteria"),
-        ({"position_ids": torch.arange(3, 7)[None]}, "`position_ids` other than the attention mask's"),
-        ({"synced_gpus": True}, "synced_gpus"),
-        ({"past_key_values": DynamicCache()}, "past_key_values"),
-        ({"inputs_embeds": torch.zeros(1, 4, HIDDEN)}, "inputs_embeds"),
-        ({"streamer": TextStreamer(None)}, "streamer"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"token_healing": True}, "token_healing"),
+        ({"token_type_ids": torch.zeros(1, 4, dtype=torch.long)}, "token_type_ids"),
+        ({"position_ids": torch.zeros(3, 1, 4, dtype=torch.long)}, "`position_ids` must have the shape"),
+        ({"attention_mask": torch.tensor([[0, 1, 1]])}, r"`attention_mask` has shape \(1, 3\).*have \(1, 4\)"),
+        ({"attention_mask": torch.ones(1, 5, dtype=torch.long)}, r"`attention_mask` has shape \(1, 5\)"),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1]] * 2)}, r"`attention_mask` has shape \(2, 4\)"),
+        ({"stop_strings": "a"}, "tokenizer"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
 def test_options(llama, options, match):
     refuses(llama, match, **options)
 
 
-def test_sampling_that_a_generation_config_asks_for(llama):
-    model = copy.deepcopy(llama)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, pad_token_id=0)  # as Llama-2-chat's
-    refuses(model, "do_sample=True")
-    model.generate(torch.ones(1, 2, dtype=torch.long), assistant_model=speculator(), do_sample=False, max_new_tokens=2)
+def test_caches(llama):
+    prompt = torch.arange(1, 5)[None]
+    cache = llama(prompt, use_cache=True).past_key_values
+    refuses(llama, "batch of 1, but the inputs are of one of 2", input_ids=prompt.repeat(2, 1), past_key_values=cache)
+    refuses(llama, "holds 4 tokens already, all of the 4.*crop", past_key_values=cache)
+    refuses(llama, "static cache of 6 tokens.*needs 7", past_key_values=static_cache(llama, 6))
+    refuses(llama, "offloaded", past_key_values=DynamicCache(offloading=True))
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    options = {"input_ids": prompt.repeat(2, 1), "attention_mask": mask, "past_key_values": DynamicCache()}
+    refuses(llama, "only if no row is padded", **options)
+    options = {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1]]), "past_key_values": cache}
+    refuses(llama, r"shape \(1, 7\), but the inputs have \(1, 4\) and the cache 4 tokens more", **options)
+
+
+def test_a_streamer_of_a_batch(llama):
+    refuses(llama, "batch size 1", input_ids=torch.ones(2, 4, dtype=torch.long), streamer=TextStreamer(None))
 
 
 def test_a_speculator_for_another_model(llama):
@@ -115,15 +116,21 @@ def test_attention_without_tree_masks(llama, attn_implementation):
 
 
 @pytest.mark.parametrize(
-    ("config", "match"),
+    "config",
     [
-        (BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=2), "not supported for BloomForCausalLM"),
-        (MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1), "not supported for MambaForCausalLM"),
-        (MistralConfig(**TINY, num_key_value_heads=1, sliding_window=4), "not supported for MistralForCausalLM"),
+        BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=2),
+        FalconConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, alibi=True),
+        MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1),
     ],
 )
-def test_families_that_are_not_supported(config, match):
-    refuses(AutoModelForCausalLM.from_config(config).eval(), match)
+def test_families_that_are_not_supported(config):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    refuses(model, f"not supported for {type(model).__name__}.*llama.*Generate without")
+
+
+def test_layers_of_another_kind():
+    config = Qwen2Config(**TINY, layer_types=["chunked_attention"])
+    refuses(AutoModelForCausalLM.from_config(config).eval(), "Layers of type chunked_attention")
 
 
 def test_positions_that_depend_on_the_draft():

@@ -4,9 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB, tiny_model
+from transformers import DynamicCache
 
 from modeling_speculator.cache import SpeculativeCache
 from modeling_speculator.candidate_tree import CandidateTree
+from modeling_speculator.families import attention_windows
 from modeling_speculator.verification import Verified, accept, cut_at_end
 
 
@@ -35,8 +37,9 @@ def test_merge_is_the_set_of_prefixes(seed, batch, n_candidates, depth, vocab):
         assert len(nodes) == len(set(nodes))
         assert set(nodes) == prefixes
         assert tree.depths[row, : tree.n_nodes[row]].tolist() == sorted(len(n) - 1 for n in nodes)
-        for candidate, path in zip(candidates[row].tolist(), tree.paths[row].tolist(), strict=True):
-            assert [nodes[node] for node in path] == [(7, *candidate[:n]) for n in range(depth + 1)]
+        for node in range(1, tree.n_nodes[row]):
+            assert nodes[tree.parents[row, node]] == nodes[node][:-1]
+        assert not tree.depths[row, tree.n_nodes[row] :].any()
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,10 +78,10 @@ def test_tree_logits_are_the_base_models_on_each_path(family):
         prompt = torch.randint(VOCAB, (2, 6), generator=generator)
         tree = tree_of(torch.randint(4, (2, 5, 3), generator=generator))
 
-        cache = SpeculativeCache(n_layers=2, capacity=6 + 16)
+        cache = SpeculativeCache(2, capacity=6 + 16, windows=attention_windows(model.config))
         model(prompt, past_key_values=cache)
         cache.start_steps(torch.ones_like(prompt), max_nodes=16)
-        mask = cache.prepare_step(tree.ancestors, in_use=6 + 16)
+        mask = cache.prepare_step(tree, root_column=torch.full((2, 1), 6), in_use=6 + 16)
         logits = model(tree.input_ids, attention_mask=mask, position_ids=6 + tree.depths, past_key_values=cache).logits
         for row in range(2):
             for node in range(tree.n_nodes[row]):
@@ -90,18 +93,19 @@ def test_tree_logits_are_the_base_models_on_each_path(family):
 def test_cache_reuses_rejected_slots(llama):
     """After many steps that each reject most of the tree, a cache that holds just the text is enough."""
     prompt, steps = torch.arange(1, 6)[None], 20
-    cache = SpeculativeCache(n_layers=2, capacity=5 + steps + 7)
+    cache = SpeculativeCache(2, capacity=5 + steps + 7, windows={None: None})
     llama(prompt, past_key_values=cache)
     cache.start_steps(torch.ones_like(prompt), max_nodes=7)
     text = prompt
     for step in range(steps):
         root = torch.tensor([[step % VOCAB]])
         tree = tree_of(torch.randint(VOCAB, (1, 2, 3)), root=int(root)).trim(7)
-        mask = cache.prepare_step(tree.ancestors, in_use=5 + step + 7)
+        column = torch.tensor([[5 + step]])
+        mask = cache.prepare_step(tree, column, in_use=5 + step + 7)
         logits = llama(
             tree.input_ids, attention_mask=mask, position_ids=5 + step + tree.depths, past_key_values=cache
         ).logits
-        cache.keep(tree.paths[:, 0], n_kept=torch.tensor([1]), position=torch.tensor([[5 + step]]))
+        cache.keep(torch.tensor([[0, 1, 2, 3]]), n_kept=torch.tensor([1]), root_column=column)
         text = torch.cat([text, root], dim=-1)
         torch.testing.assert_close(logits[0, 0], llama(text).logits[0, -1], atol=2e-5, rtol=1e-4)
-    assert cache.to_dynamic_cache().get_seq_length() == 5 + steps
+    assert cache.copy_to(DynamicCache(), 5 + steps).get_seq_length() == 5 + steps

@@ -23,7 +23,7 @@ from transformers import (
 import modeling_speculator
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.cache import SpeculativeCache
-from modeling_speculator.checks import SUPPORTED_MODEL_TYPES
+from modeling_speculator.families import SUPPORTED_MODEL_TYPES
 from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingArguments
 
 
@@ -169,7 +169,7 @@ def test_batch_of_left_padded_prompts(family):
         assert row.tokens == 39
         assert set(row.emitted_per_step) == {1, 2, 3, 4}  # padded or not, the oracle is handed the right vectors
     assert out.speculation.steps == sum(row.steps for row in out.speculation.per_sequence)
-    assert out.past_key_values is None
+    assert out.past_key_values.get_seq_length() == 9 + 40 - 1
     eos = int(text[0, 9 + 11])
     options = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": eos, "do_sample": False}
     expected = model.generate(input_ids, **options)

@@ -1,0 +1,306 @@
+"""The decoding loop: prefill, then draft, verify, accept, until every sequence has ended."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import Cache, GenerationConfig, StaticCache
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from .attention import tree_attention, uses_sdpa
+from .cache import SpeculativeCache
+from .candidate_tree import CandidateTree
+from .families import attention_windows
+from .sampling import SCORES_ONLY, TokenDraw, check_drawable, draw_row_keys
+from .verification import accept, cut_at_end
+from .walk import Walk, treats_rows_apart
+
+
+@dataclass
+class Request:
+    """What `generate` was asked for, as it hands it to a decoding method.
+
+    past_key_values: the caller's cache of an earlier call, None where there is none.
+    """
+
+    input_ids: torch.Tensor
+    generation_config: GenerationConfig
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    model_kwargs: dict
+    past_key_values: Cache | None = None
+    streamer: object | None = None
+    synced_gpus: bool = False
+
+    @property
+    def context_length(self) -> int:
+        """Columns that the base model has read when it draws the first token: more than `input_ids` has where some
+        are in the cache only, or came as `inputs_embeds`."""
+        mask, embeds = self.model_kwargs.get("attention_mask"), self.model_kwargs.get("inputs_embeds")
+        if mask is not None:
+            return mask.shape[1]
+        # `generate` drops a mask that masks nothing, and remembers how long it was.
+        return getattr(self.generation_config, "_mask_length", (self.input_ids if embeds is None else embeds).shape[1])
+
+    @property
+    def last_positions(self) -> torch.Tensor:
+        """(batch, 1), of the last token of each prompt."""
+        position_ids, mask = self.model_kwargs.get("position_ids"), self.model_kwargs.get("attention_mask")
+        if position_ids is not None:
+            last = position_ids[:, -1:]
+        elif mask is not None:
+            last = mask.long().sum(-1, keepdim=True) - 1
+        else:
+            last = torch.full((1, 1), self.context_length - 1)
+        return last.expand(len(self.input_ids), 1)
+
+    @property
+    def max_length(self) -> int:
+        return min(c.max_length for c in self.stopping_criteria if type(c) is MaxLengthCriteria)
+
+    @property
+    def budget(self) -> int:
+        """Tokens to emit at most; one is emitted before anything is asked whether to stop."""
+        return max(1, self.max_length - self.input_ids.shape[1])
+
+    @property
+    def eos_token_ids(self) -> torch.Tensor | None:
+        """(n_eos,)"""
+        ids = [c.eos_token_id for c in self.stopping_criteria if type(c) is EosTokenCriteria]
+        return torch.cat(ids).unique().to(self.input_ids.device) if ids else None
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.generation_config._pad_token_tensor
+        return 0 if pad is None else int(pad)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every step is to have the same shapes."""
+        static = self.generation_config.cache_implementation == "static"
+        return static or isinstance(self.past_key_values, StaticCache)
+
+    def returns(self, what: str) -> bool:
+        """Whether `output_<what>` was asked for, in the only form that can hold it."""
+        return bool(
+            self.generation_config.return_dict_in_generate and getattr(self.generation_config, f"output_{what}")
+        )
+
+
+class SpeculativeDecoder:
+    """One `generate` call.
+
+    All state lives on the device, one row per sequence, each with a length of its own; the host waits for the device
+    once per step, to learn whether to stop and how large the next tree is.
+    """
+
+    def __init__(self, model, speculator, request: Request):
+        self.model, self.speculator, self.request = model, speculator, request
+        config = speculator.config
+        self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
+        self.max_nodes = max_nodes(config)
+        # For the statistics, a list per step with an entry per row, and for the output.
+        self.emitted, self.drafted, self.hidden_states = [], [], []
+
+    def run(self) -> None:
+        """Decodes; the text is in `sequences`, of `lengths` columns each."""
+        model, request = self.model, self.request
+        handle = model.get_decoder().register_forward_hook(_hand_context_vectors_to_cache)
+        try:
+            self.prefill()
+            # Inference mode: a tenth less time per step than `no_grad` where the host is the limit. But what a user's
+            # code is given, or gets to keep, must be ordinary tensors.
+            ours_alone = self.walk is None and not request.returns("hidden_states")
+            mode = torch.inference_mode() if ours_alone else nullcontext()
+            with tree_attention(model), model._optimize_model_for_decode(), mode:
+                self.decode()
+        finally:
+            handle.remove()
+        if request.streamer is not None:
+            request.streamer.end()
+
+    def prefill(self) -> None:
+        """Runs the prompt the model's own way, into our cache, and emits the first token."""
+        model, request = self.model, self.request
+        input_ids = request.input_ids.to(model.device)
+        batch, length = input_ids.shape
+        config = model.config.get_text_config(decoder=True)
+        windows = attention_windows(config)
+        capacity = request.context_length + request.budget - 1 + self.max_nodes
+        self.cache = SpeculativeCache(config.num_hidden_layers, capacity, windows, request.past_key_values)
+        model_kwargs = request.model_kwargs | {"past_key_values": self.cache}
+        outputs = model._prefill(input_ids, request.generation_config, model_kwargs)
+        mask = request.model_kwargs.get("attention_mask")
+        dense = (
+            self.max_nodes == 1
+            and mask is None  # nothing is masked
+            and uses_sdpa(model)
+            and all(window is None or window >= capacity for window in windows.values())
+        )
+        if mask is None:
+            mask = input_ids.new_ones(batch, request.context_length)
+        self.cache.start_steps(mask.to(model.device), self.max_nodes, dense)
+
+        self.prompt_length = length
+        self.in_cache_only = request.context_length - length
+        self.lengths = torch.full((batch, 1), length, device=model.device)  # columns of text, padding included
+        # Of the last token read; the root is the next.
+        self.root_position = request.last_positions.to(model.device, copy=True)
+        self.last_position = self.root_position + request.budget - 1  # the last token is never run
+        self.budget = torch.full((batch,), request.budget, device=model.device)
+        self.eos_token_ids = request.eos_token_ids
+        # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
+        self.sequences = F.pad(input_ids, (0, request.budget + self.n_predict + 1))
+        self.along = torch.arange(self.n_predict + 1, device=model.device)
+        self.prepare_draws()
+
+        if request.returns("hidden_states"):
+            self.hidden_states.append(outputs.hidden_states)
+        context_vectors = self.cache.context_vectors[:, -1:]
+        self.root = self.sequences.new_zeros(batch, 1)
+        self.context_vector = torch.empty_like(context_vectors, memory_format=torch.contiguous_format)
+        self.emit(CandidateTree.root_only(input_ids.new_zeros(batch, 1)), outputs.logits[:, -1:], context_vectors)
+
+    def prepare_draws(self) -> None:
+        """Decides how tokens are drawn: all nodes at once, or along a walk."""
+        request, batch = self.request, len(self.sequences)
+        processors, criteria = list(request.logits_processor), request.stopping_criteria
+        row_keys = draw_row_keys(batch, self.model.device) if request.generation_config.do_sample else None
+        self.draw, self.walk = TokenDraw(processors, row_keys), None
+        record = {f"record_{what}": request.returns(what) for what in ("scores", "logits")}
+        at_once = all(type(processor) in SCORES_ONLY for processor in processors) and all(
+            type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria
+        )
+        streams_rows = request.streamer is not None and batch > 1  # it is given a token of every row at a time
+        if not at_once or streams_rows or any(record.values()):
+            together = streams_rows or not treats_rows_apart(processors, criteria)
+            self.walk = Walk(
+                processors,
+                criteria,
+                self.draw,
+                self.sequences,
+                self.prompt_length,
+                together=together,
+                pad_token_id=request.pad_token_id,
+                **record,
+            )
+
+    def decode(self) -> None:
+        """Draft, verify, accept, until every row has ended."""
+        tree = self.draft()
+        self.synchronize(tree)
+        while self.goes_on():
+            tree = tree.trim(max(self.drafted[-1]))
+            self.step(tree, self.longest - 1 + self.in_cache_only + self.max_nodes)
+            tree = self.draft()
+            self.synchronize(tree)
+
+    def goes_on(self) -> bool:
+        """Whether to make another step. Where models are sharded, other processes may need our forwards."""
+        return self.model._has_unfinished_sequences(not self.unfinished, self.request.synced_gpus, self.model.device)
+
+    def draft(self) -> CandidateTree:
+        """Drafts after each row's last token, and merges the candidates into one tree per row."""
+        if self.n_candidates == 0:
+            return CandidateTree.root_only(self.root)
+        candidates = self.speculator.generate_candidates(self.context_vector, self.root)
+        batch, n_candidates, depth = candidates.shape
+        if batch != len(self.root) or n_candidates > self.n_candidates or depth > self.n_predict:
+            raise ValueError(
+                f"The speculator drafted {tuple(candidates.shape)} tokens, more than its config's "
+                f"{(len(self.root), self.n_candidates, self.n_predict)}: batch, `n_candidates`, `n_predict`."
+            )
+        return CandidateTree.merge(self.root, candidates, self.max_nodes)
+
+    def step(self, tree: CandidateTree, in_use: int) -> None:
+        """Verifies a tree in one forward of the base model, emits what is accepted and keeps its keys and values."""
+        root_column = self.lengths + (self.in_cache_only - 1)
+        masks = self.cache.prepare_step(tree, root_column, in_use)
+        outputs = self.model(
+            input_ids=tree.input_ids,
+            attention_mask=masks,
+            # Nodes past the last token that can be emitted are never accepted; their positions may not exist.
+            position_ids=torch.minimum(self.root_position + tree.depths, self.last_position),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
+        )
+        verified = self.emit(tree, outputs.logits, self.cache.context_vectors)
+        if self.request.returns("hidden_states"):
+            self.hidden_states.append(
+                tuple(_at_nodes(layer, verified.nodes) for layer in outputs.hidden_states)  # (batch, depth + 1, size)
+            )
+        self.cache.keep(verified.nodes, verified.n_tokens, root_column)
+
+    def emit(self, tree: CandidateTree, logits: torch.Tensor, context_vectors: torch.Tensor):
+        """Accepts a path, writes its tokens, and moves the root to the last of them."""
+        logits = logits.to(self.root.device)
+        if self.walk is None:
+            n_drawn = self.lengths - self.prompt_length
+            drawn, drawable = self.draw.at_nodes(logits, tree.depths, tree.max_depth, n_drawn)
+            verified, self.budget = cut_at_end(accept(drawn, tree), self.eos_token_ids, self.budget)
+            self.sequences.scatter_(1, self.lengths + self.along[: tree.max_depth + 1], verified.tokens)
+            emitted = self.along[: tree.max_depth + 1] < verified.n_tokens[:, None]
+            self.drawable = (drawable.gather(1, verified.nodes) | ~emitted).all()
+        else:
+            verified, unfinished = self.walk.accept(logits, tree)
+            self.budget = torch.where(unfinished, self.budget - verified.n_tokens, 0)
+            self.drawable = unfinished.new_ones(())  # the walk has raised otherwise
+        n_tokens = verified.n_tokens[:, None]
+        self.lengths += n_tokens
+        self.root_position += n_tokens
+        last = (n_tokens - 1).clamp(min=0)  # 0 tokens: the row has ended, and what it drafts is not used
+        self.root = verified.tokens.gather(1, last)
+        self.context_vector = _at_nodes(context_vectors.to(self.root.device), verified.nodes.gather(1, last))
+        self.verified = verified
+        return verified
+
+    def synchronize(self, tree: CandidateTree) -> None:
+        """The one time in a step that the host waits for the device: what was emitted, and what is to be verified."""
+        batch, streamer = len(self.sequences), self.request.streamer
+        summary = torch.stack([self.budget.max(), self.lengths.max(), self.drawable.long()])
+        parts = [summary, self.verified.n_tokens, tree.n_nodes]
+        if streamer is not None:
+            parts.append(self.verified.tokens.T.flatten())
+        numbers = torch.cat(parts).tolist()
+        left, self.longest, drawable = numbers[:3]
+        check_drawable(bool(drawable))
+        self.unfinished = left > 0
+        self.emitted.append(numbers[3 : 3 + batch])
+        self.drafted.append(numbers[3 + batch : 3 + 2 * batch])
+        if streamer is not None:
+            tokens = torch.tensor(numbers[3 + 2 * batch :]).view(-1, batch)
+            for column in tokens[: max(self.emitted[-1])]:
+                streamer.put(column)
+
+    def text(self) -> torch.Tensor:
+        """(batch, longest), padded where rows have ended before."""
+        sequences = self.sequences[:, : self.longest]
+        past_end = torch.arange(self.longest, device=sequences.device) >= self.lengths
+        return sequences.masked_fill(past_end, self.request.pad_token_id)
+
+
+def max_nodes(config) -> int:
+    """The most nodes that the tree of a speculator with this config can have, the root included."""
+    top_k = getattr(config, "top_k_tokens_per_head", None)
+    nodes, leaves = 1, 1
+    for head in range(config.n_predict):
+        leaves = leaves * top_k[head] if top_k else config.n_candidates
+        nodes += min(config.n_candidates, leaves)
+    return nodes
+
+
+def _hand_context_vectors_to_cache(module, args, output) -> None:
+    """A forward hook for the decoder: its output, after the final norm, is what enters the LM head.
+
+    By way of the cache, because the model may at the same time serve other threads, which have other caches.
+    """
+    if isinstance(output.past_key_values, SpeculativeCache):
+        output.past_key_values.context_vectors = output.last_hidden_state
+
+
+def _at_nodes(vectors: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """(batch, nodes, size) at (batch, n) -> (batch, n, size)."""
+    return vectors.gather(1, nodes.to(vectors.device)[:, :, None].expand(-1, -1, vectors.shape[-1]))

@@ -1,0 +1,47 @@
+"""The base models whose output is known to be reproduced, and what their decoders expect of attention masks."""
+
+from transformers import PretrainedConfig
+
+
+# A family is added with its equality test, which decides where it belongs: a single causal mask for all layers of
+# Mistral, say, would silently drop its window.
+ONE_MASK = (  # every layer attends to all tokens before
+    "cohere",
+    "gemma",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "granite",
+    "granitemoe",
+    "llama",
+    "olmo2",
+    "phi",
+    "stablelm",
+)
+ONE_WINDOWED_MASK = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")  # every layer, if there is a window
+MASK_PER_LAYER_TYPE = ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "qwen2", "qwen2_moe", "qwen3", "smollm3")
+
+SUPPORTED_MODEL_TYPES = ONE_MASK + ONE_WINDOWED_MASK + MASK_PER_LAYER_TYPE
+
+# Those with a table of positions, which ends.
+LEARNED_POSITIONS = ("gpt_bigcode", "gpt2")
+
+
+def attention_windows(config: PretrainedConfig) -> dict[str | None, int | None]:
+    """The masks that a decoder expects: {type of layer: how many tokens back it attends to, None for all}.
+
+    A single key None stands for one mask for all layers.
+
+    Raises:
+        ValueError: for a type of layer that has another pattern of attention.
+    """
+    if config.model_type in MASK_PER_LAYER_TYPE:
+        windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+        unknown = set(config.layer_types) - windows.keys()
+        if unknown:
+            raise ValueError(
+                f"Layers of type {', '.join(sorted(unknown))} take no mask of a candidate tree. "
+                "Generate without `assistant_model`."
+            )
+        return {kind: windows[kind] for kind in sorted(set(config.layer_types))}
+    return {None: config.sliding_window if config.model_type in ONE_WINDOWED_MASK else None}
