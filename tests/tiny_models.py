@@ -100,7 +100,7 @@ FAMILIES = {
     "qwen3_moe": Qwen3MoeConfig(**_SIZES, **_EXPERTS),
     "smollm3": SmolLM3Config(**_SIZES, **_TWO_KINDS, use_sliding_window=True),
     "stablelm": StableLmConfig(**_SIZES),
-    "starcoder2": Starcoder2Config(**_SIZES, **_WINDOW),
+    "starcoder2": Starcoder2Config(**_SIZES, **_WINDOW, use_bias=False),
 }
 # Those that have no sdpa in transformers.
 EAGER_ONLY = ("gemma2", "gpt_oss")
