@@ -76,7 +76,9 @@ class SpeculativeLayer(CacheLayerMixin):
         return self.keys[:, :, :in_use], self.values[:, :, :in_use]
 
     def _write(self, storage: torch.Tensor, states: torch.Tensor) -> None:
-        rows, nodes = self.slots.rows.to(storage.device), self.slots.nodes.to(storage.device)
+        rows, nodes = self.slots.rows, self.slots.nodes
+        if storage.device != nodes.device:  # a model spread over several
+            rows, nodes = rows.to(storage.device), nodes.to(storage.device)
         if len(nodes) == 1:  # half the time of the general case
             storage.index_copy_(2, nodes[0], states)
         else:
@@ -181,6 +183,10 @@ class SpeculativeCache(Cache):
         Args:
             root_column: (batch, 1), of the path's first node.
         """
+        if len(self.along) == 1:  # roots only: their slots follow one another
+            self.columns.scatter_(1, self.free, torch.where(n_kept[:, None] > 0, root_column, -1))
+            self.free += n_kept[:, None]
+            return
         # Beyond the kept ones the last of them is written again, so that every write to a place is the same.
         along = torch.minimum(self.along[: nodes.shape[1]], (n_kept[:, None] - 1).clamp(min=0))
         nodes = nodes.gather(1, along)

@@ -98,6 +98,8 @@ class CandidateTree:
 
     def trim(self, n_nodes: int) -> "CandidateTree":
         """The tree without padding beyond the `n_nodes` nodes of its widest row."""
+        if n_nodes == self.input_ids.shape[1]:
+            return self
         return CandidateTree(
             input_ids=self.input_ids[:, :n_nodes],
             parents=self.parents[:, :n_nodes],

@@ -1,7 +1,7 @@
 """The decoding loop: prefill, then draft, verify, accept, until every sequence has ended."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -113,7 +113,8 @@ class SpeculativeDecoder:
             # code is given, or gets to keep, must be ordinary tensors.
             ours_alone = self.walk is None and not request.returns("hidden_states")
             mode = torch.inference_mode() if ours_alone else nullcontext()
-            with tree_attention(model), model._optimize_model_for_decode(), mode:
+            masked = nullcontext() if self.cache.dense else tree_attention(model)
+            with masked, model._optimize_model_for_decode(), mode:
                 self.decode()
         finally:
             handle.remove()
@@ -145,9 +146,8 @@ class SpeculativeDecoder:
         self.prompt_length = length
         self.in_cache_only = request.context_length - length
         self.lengths = torch.full((batch, 1), length, device=model.device)  # columns of text, padding included
-        # Of the last token read; the root is the next.
-        self.root_position = request.last_positions.to(model.device, copy=True)
-        self.last_position = self.root_position + request.budget - 1  # the last token is never run
+        self.from_length = request.last_positions.to(model.device) - length  # of a text to its last token's position
+        self.last_position = self.from_length + length + request.budget - 1  # the last token is never run
         self.budget = torch.full((batch,), request.budget, device=model.device)
         self.eos_token_ids = request.eos_token_ids
         # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
@@ -157,17 +157,16 @@ class SpeculativeDecoder:
 
         if request.returns("hidden_states"):
             self.hidden_states.append(outputs.hidden_states)
-        context_vectors = self.cache.context_vectors[:, -1:]
-        self.root = self.sequences.new_zeros(batch, 1)
-        self.context_vector = torch.empty_like(context_vectors, memory_format=torch.contiguous_format)
-        self.emit(CandidateTree.root_only(input_ids.new_zeros(batch, 1)), outputs.logits[:, -1:], context_vectors)
+        self.drawable = None  # (batch, depth + 1), whether each emitted token could be sampled
+        self.bare_root = CandidateTree.root_only(self.sequences.new_zeros(batch, 1))
+        self.emit(self.bare_root, outputs.logits[:, -1:], self.cache.context_vectors[:, -1:])
 
     def prepare_draws(self) -> None:
         """Decides how tokens are drawn: all nodes at once, or along a walk."""
         request, batch = self.request, len(self.sequences)
         processors, criteria = list(request.logits_processor), request.stopping_criteria
         row_keys = draw_row_keys(batch, self.model.device) if request.generation_config.do_sample else None
-        self.draw, self.walk = TokenDraw(processors, row_keys), None
+        self.draw, self.walk = TokenDraw(processors, row_keys, self.prompt_length), None
         record = {f"record_{what}": request.returns(what) for what in ("scores", "logits")}
         at_once = all(type(processor) in SCORES_ONLY for processor in processors) and all(
             type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria
@@ -203,7 +202,7 @@ class SpeculativeDecoder:
     def draft(self) -> CandidateTree:
         """Drafts after each row's last token, and merges the candidates into one tree per row."""
         if self.n_candidates == 0:
-            return CandidateTree.root_only(self.root)
+            return replace(self.bare_root, input_ids=self.root)
         candidates = self.speculator.generate_candidates(self.context_vector, self.root)
         batch, n_candidates, depth = candidates.shape
         if batch != len(self.root) or n_candidates > self.n_candidates or depth > self.n_predict:
@@ -221,7 +220,7 @@ class SpeculativeDecoder:
             input_ids=tree.input_ids,
             attention_mask=masks,
             # Nodes past the last token that can be emitted are never accepted; their positions may not exist.
-            position_ids=torch.minimum(self.root_position + tree.depths, self.last_position),
+            position_ids=torch.minimum(self.lengths + self.from_length + tree.depths, self.last_position),
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
@@ -236,44 +235,48 @@ class SpeculativeDecoder:
 
     def emit(self, tree: CandidateTree, logits: torch.Tensor, context_vectors: torch.Tensor):
         """Accepts a path, writes its tokens, and moves the root to the last of them."""
-        logits = logits.to(self.root.device)
+        logits = logits.to(self.lengths.device)
         if self.walk is None:
-            n_drawn = self.lengths - self.prompt_length
-            drawn, drawable = self.draw.at_nodes(logits, tree.depths, tree.max_depth, n_drawn)
+            drawn, drawable = self.draw.at_nodes(logits, tree.depths, tree.max_depth, self.lengths)
             verified, self.budget = cut_at_end(accept(drawn, tree), self.eos_token_ids, self.budget)
-            self.sequences.scatter_(1, self.lengths + self.along[: tree.max_depth + 1], verified.tokens)
-            emitted = self.along[: tree.max_depth + 1] < verified.n_tokens[:, None]
-            self.drawable = (drawable.gather(1, verified.nodes) | ~emitted).all()
+            along = self.along[: tree.max_depth + 1]
+            self.sequences.scatter_(1, self.lengths + along, verified.tokens)
+            if drawable is not None:
+                self.drawable = drawable.gather(1, verified.nodes) | (along >= verified.n_tokens[:, None])
         else:
             verified, unfinished = self.walk.accept(logits, tree)
             self.budget = torch.where(unfinished, self.budget - verified.n_tokens, 0)
-            self.drawable = unfinished.new_ones(())  # the walk has raised otherwise
         n_tokens = verified.n_tokens[:, None]
         self.lengths += n_tokens
-        self.root_position += n_tokens
-        last = (n_tokens - 1).clamp(min=0)  # 0 tokens: the row has ended, and what it drafts is not used
-        self.root = verified.tokens.gather(1, last)
-        self.context_vector = _at_nodes(context_vectors.to(self.root.device), verified.nodes.gather(1, last))
+        if tree.max_depth == 0:
+            self.root = verified.tokens
+            nodes = verified.nodes
+        else:
+            last = (n_tokens - 1).clamp(min=0)  # 0 tokens: the row has ended, and what it drafts is not used
+            self.root, nodes = verified.tokens.gather(1, last), verified.nodes.gather(1, last)
+        if self.n_candidates > 0:
+            self.context_vector = _at_nodes(context_vectors.to(self.lengths.device), nodes)
         self.verified = verified
         return verified
 
     def synchronize(self, tree: CandidateTree) -> None:
         """The one time in a step that the host waits for the device: what was emitted, and what is to be verified."""
         batch, streamer = len(self.sequences), self.request.streamer
-        summary = torch.stack([self.budget.max(), self.lengths.max(), self.drawable.long()])
-        parts = [summary, self.verified.n_tokens, tree.n_nodes]
+        parts = [self.budget, self.lengths[:, 0], self.verified.n_tokens, tree.n_nodes]
+        if self.drawable is not None:
+            parts.append(self.drawable.all(-1))
         if streamer is not None:
             parts.append(self.verified.tokens.T.flatten())
         numbers = torch.cat(parts).tolist()
-        left, self.longest, drawable = numbers[:3]
-        check_drawable(bool(drawable))
-        self.unfinished = left > 0
-        self.emitted.append(numbers[3 : 3 + batch])
-        self.drafted.append(numbers[3 + batch : 3 + 2 * batch])
+        budget, lengths, emitted, n_nodes, *rest = (numbers[i : i + batch] for i in range(0, len(numbers), batch))
+        if self.drawable is not None:
+            check_drawable(all(rest.pop(0)))
+        self.unfinished, self.longest = any(budget), max(lengths)
+        self.emitted.append(emitted)
+        self.drafted.append(n_nodes)
         if streamer is not None:
-            tokens = torch.tensor(numbers[3 + 2 * batch :]).view(-1, batch)
-            for column in tokens[: max(self.emitted[-1])]:
-                streamer.put(column)
+            for tokens in rest[: max(emitted)]:
+                streamer.put(torch.tensor(tokens))
 
     def text(self) -> torch.Tensor:
         """(batch, longest), padded where rows have ended before."""

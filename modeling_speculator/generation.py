@@ -143,7 +143,7 @@ def fill_cache(decoder: SpeculativeDecoder, sequences: torch.Tensor, cache):
     decoder.cache.copy_to(cache, shortest + offset)
     if shortest < decoder.longest:  # plain decoding goes on with padding where a row has ended
         columns = torch.arange(shortest - 1, decoder.longest - 1, device=sequences.device)
-        position_ids = decoder.root_position + (columns + 1 - decoder.lengths)
+        position_ids = decoder.from_length + columns + 1
         decoder.model(
             input_ids=sequences[:, columns], position_ids=position_ids, past_key_values=cache, use_cache=True
         )

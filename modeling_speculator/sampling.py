@@ -31,24 +31,24 @@ class TokenDraw:
     Args:
         processors: what is applied to the scores, in order; all of them `SCORES_ONLY`.
         row_keys: (batch,) random integers for sampling, from `draw_row_keys`; None for greedy decoding.
+        prompt_length: columns of text that were not drawn.
     """
 
-    def __init__(self, processors: list, row_keys: torch.Tensor | None):
-        self.processors = processors
-        self.row_keys = row_keys
+    def __init__(self, processors: list, row_keys: torch.Tensor | None, prompt_length: int):
+        self.processors, self.row_keys, self.prompt_length = processors, row_keys, prompt_length
 
     def at_nodes(
-        self, logits: torch.Tensor, depths: torch.Tensor, max_depth: int, n_drawn: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, logits: torch.Tensor, depths: torch.Tensor, max_depth: int, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The token drawn after each node, all nodes at once.
 
         Args:
             logits: (batch, nodes, vocab).
             depths: (batch, nodes), at most `max_depth`.
-            n_drawn: (batch, 1), tokens that each row has drawn before the root's.
+            lengths: (batch, 1), columns of text up to the root.
 
         Returns:
-            Tokens (batch, nodes), and whether the scores allow a draw (batch, nodes).
+            Tokens (batch, nodes), and whether the scores allow a draw (batch, nodes), None if they need not.
         """
         # In float32, as `generate` does: equal logits are told apart the same way.
         scores = logits.float()
@@ -58,15 +58,15 @@ class TokenDraw:
                 scores = processor(None, scores)
             scores = scores.view(logits.shape)
         if self.row_keys is None:
-            return scores.argmax(-1), torch.ones_like(depths, dtype=torch.bool)
-        positions = n_drawn + torch.arange(max_depth + 1, device=logits.device)
+            return scores.argmax(-1), None
+        positions = lengths - self.prompt_length + torch.arange(max_depth + 1, device=logits.device)
         noise = gumbel_noise(self.row_keys[:, None], positions, logits.shape[-1])  # (batch, max_depth + 1, vocab)
         if max_depth > 0:
             noise = noise.gather(1, depths[:, :, None].expand_as(scores))
         return (scores + noise).argmax(-1), scores.amax(-1).isfinite()
 
-    def of_rows(self, scores: torch.Tensor, rows: slice, position: int) -> torch.Tensor:
-        """The token drawn from processed scores (rows, vocab) by some rows at the same position: (rows,).
+    def of_rows(self, scores: torch.Tensor, rows: slice, length: int) -> torch.Tensor:
+        """The token drawn from processed scores (rows, vocab) by some rows of the same length: (rows,).
 
         Raises:
             ValueError: if there is no token to draw.
@@ -74,7 +74,7 @@ class TokenDraw:
         if self.row_keys is None:
             return scores.argmax(-1)
         check_drawable(bool(scores.amax(-1).isfinite().all()))
-        positions = torch.full((1, 1), position, device=scores.device)
+        positions = torch.full((1, 1), length - self.prompt_length, device=scores.device)
         return (scores + gumbel_noise(self.row_keys[rows, None], positions, scores.shape[-1])[:, 0]).argmax(-1)
 
 

@@ -29,6 +29,8 @@ def accept(drawn: torch.Tensor, tree: CandidateTree) -> Verified:
     Args:
         drawn: (batch, nodes), the token that the base model draws after each node.
     """
+    if tree.max_depth == 0:
+        return Verified(drawn, torch.zeros_like(drawn), tree.n_nodes)
     agrees = (drawn.gather(1, tree.parents) == tree.input_ids) & (tree.depths > 0)
     agrees[:, 0] = True  # the root was drawn in the step before
     accepted = (agrees[:, None] | ~tree.ancestors).all(-1)  # (batch, nodes)
@@ -58,9 +60,9 @@ def cut_at_end(
     n_tokens = torch.minimum(n_tokens, budget)
     budget = budget - n_tokens
     if eos_token_ids is not None:
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        is_eos = (tokens[..., None] == eos_token_ids).any(-1) & (steps < n_tokens[:, None])
-        has_eos = is_eos.any(-1)
-        n_tokens = torch.where(has_eos, is_eos.int().argmax(-1) + 1, n_tokens)
-        budget = budget.masked_fill(has_eos, 0)
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        is_eos = (tokens[..., None] == eos_token_ids).any(-1)
+        up_to_eos = torch.where(is_eos, places, places[-1] + 1).amin(-1)
+        budget = budget.masked_fill(up_to_eos <= n_tokens, 0)
+        n_tokens = torch.minimum(n_tokens, up_to_eos)
     return Verified(tokens, nodes, n_tokens), budget

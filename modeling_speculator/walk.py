@@ -92,7 +92,7 @@ class Walk:
         record_logits: bool = False,
     ):
         self.criteria, self.draw = criteria, draw
-        self.sequences, self.prompt_length = sequences, prompt_length
+        self.sequences = sequences
         self.pad_token_id, self.pads_at_end = pad_token_id, pads_at_end(criteria)
         self.record_scores, self.record_logits = record_scores, record_logits
         batch = len(sequences)
@@ -141,7 +141,7 @@ class Walk:
             scores = raw.clone() if self.record_logits else raw
             for processor in group.processors:
                 scores = processor(text[:, : group.length], scores)
-            token = self.draw.of_rows(scores, group.rows, group.length - self.prompt_length)
+            token = self.draw.of_rows(scores, group.rows, group.length)
             token = torch.where(emits, token, self.pad_token_id)
             text[:, group.length] = verified.tokens[:, depth] = token
             verified.nodes[:, depth] = node
