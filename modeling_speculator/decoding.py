@@ -1,10 +1,9 @@
 """The decoding loop: prefill, then draft, verify, accept, until every sequence has ended."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, StaticCache
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
@@ -13,7 +12,7 @@ from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
 from .families import attention_windows
 from .sampling import SCORES_ONLY, TokenDraw, check_drawable, draw_row_keys
-from .verification import accept, cut_at_end
+from .verification import accept_drawn, cut_at_end
 from .walk import Walk, treats_rows_apart
 
 
@@ -91,9 +90,11 @@ class Request:
 class SpeculativeDecoder:
     """One `generate` call.
 
-    All state lives on the device, one row per sequence, each with a length of its own; the host waits for the device
-    once per step, to learn whether to stop and how large the next tree is.
+    All state lives on the device, in tensors that stay where they are, one row per sequence, each with a length of its
+    own. The host waits for the device once per step, to learn whether to stop and how large the next tree is.
     """
+
+    may_be_dense = True  # whether attention looks at no slot that is not in use
 
     def __init__(self, model, speculator, request: Request):
         self.model, self.speculator, self.request = model, speculator, request
@@ -128,17 +129,13 @@ class SpeculativeDecoder:
         batch, length = input_ids.shape
         config = model.config.get_text_config(decoder=True)
         windows = attention_windows(config)
-        capacity = request.context_length + request.budget - 1 + self.max_nodes
+        capacity = self.capacity()
         self.cache = SpeculativeCache(config.num_hidden_layers, capacity, windows, request.past_key_values)
         model_kwargs = request.model_kwargs | {"past_key_values": self.cache}
         outputs = model._prefill(input_ids, request.generation_config, model_kwargs)
         mask = request.model_kwargs.get("attention_mask")
-        dense = (
-            self.max_nodes == 1
-            and mask is None  # nothing is masked
-            and uses_sdpa(model)
-            and all(window is None or window >= capacity for window in windows.values())
-        )
+        windowed = any(window is not None and window < capacity for window in windows.values())
+        dense = self.max_nodes == 1 and mask is None and not windowed and uses_sdpa(model) and self.may_be_dense
         if mask is None:
             mask = input_ids.new_ones(batch, request.context_length)
         self.cache.start_steps(mask.to(model.device), self.max_nodes, dense)
@@ -151,22 +148,32 @@ class SpeculativeDecoder:
         self.budget = torch.full((batch,), request.budget, device=model.device)
         self.eos_token_ids = request.eos_token_ids
         # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
-        self.sequences = F.pad(input_ids, (0, request.budget + self.n_predict + 1))
+        self.sequences = input_ids.new_zeros(batch, capacity + self.n_predict + 1)
+        self.sequences[:, :length] = input_ids
         self.along = torch.arange(self.n_predict + 1, device=model.device)
         self.prepare_draws()
 
         if request.returns("hidden_states"):
             self.hidden_states.append(outputs.hidden_states)
         self.drawable = None  # (batch, depth + 1), whether each emitted token could be sampled
-        self.bare_root = CandidateTree.root_only(self.sequences.new_zeros(batch, 1))
-        self.emit(self.bare_root, outputs.logits[:, -1:], self.cache.context_vectors[:, -1:])
+        self.root = self.sequences.new_zeros(batch, 1)
+        self.bare_root = CandidateTree.root_only(self.root)
+        context_vectors = self.cache.context_vectors[:, -1:]
+        self.context_vector = torch.empty_like(
+            context_vectors, device=model.device, memory_format=torch.contiguous_format
+        )
+        self.emit(self.bare_root, outputs.logits[:, -1:], context_vectors)
+
+    def capacity(self) -> int:
+        """Slots of the cache: the text but its last token, and the nodes of one tree."""
+        return self.request.context_length + self.request.budget - 1 + self.max_nodes
 
     def prepare_draws(self) -> None:
         """Decides how tokens are drawn: all nodes at once, or along a walk."""
         request, batch = self.request, len(self.sequences)
         processors, criteria = list(request.logits_processor), request.stopping_criteria
         row_keys = draw_row_keys(batch, self.model.device) if request.generation_config.do_sample else None
-        self.draw, self.walk = TokenDraw(processors, row_keys, self.prompt_length), None
+        self.draw, self.walk = TokenDraw(processors, row_keys), None
         record = {f"record_{what}": request.returns(what) for what in ("scores", "logits")}
         at_once = all(type(processor) in SCORES_ONLY for processor in processors) and all(
             type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria
@@ -188,12 +195,11 @@ class SpeculativeDecoder:
     def decode(self) -> None:
         """Draft, verify, accept, until every row has ended."""
         tree = self.draft()
-        self.synchronize(tree)
+        self.read(self.report(tree))
         while self.goes_on():
-            tree = tree.trim(max(self.drafted[-1]))
-            self.step(tree, self.longest - 1 + self.in_cache_only + self.max_nodes)
+            self.step(tree.trim(max(self.drafted[-1])), self.longest - 1 + self.in_cache_only + self.max_nodes)
             tree = self.draft()
-            self.synchronize(tree)
+            self.read(self.report(tree))
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""
@@ -202,7 +208,7 @@ class SpeculativeDecoder:
     def draft(self) -> CandidateTree:
         """Drafts after each row's last token, and merges the candidates into one tree per row."""
         if self.n_candidates == 0:
-            return replace(self.bare_root, input_ids=self.root)
+            return self.bare_root
         candidates = self.speculator.generate_candidates(self.context_vector, self.root)
         batch, n_candidates, depth = candidates.shape
         if batch != len(self.root) or n_candidates > self.n_candidates or depth > self.n_predict:
@@ -213,12 +219,16 @@ class SpeculativeDecoder:
         return CandidateTree.merge(self.root, candidates, self.max_nodes)
 
     def step(self, tree: CandidateTree, in_use: int) -> None:
-        """Verifies a tree in one forward of the base model, emits what is accepted and keeps its keys and values."""
+        """Verifies a tree, emits what is accepted, and keeps its keys and values."""
         root_column = self.lengths + (self.in_cache_only - 1)
-        masks = self.cache.prepare_step(tree, root_column, in_use)
-        outputs = self.model(
+        outputs = self.verify(tree, root_column, in_use)
+        self.accept(tree, root_column, outputs)
+
+    def verify(self, tree: CandidateTree, root_column: torch.Tensor, in_use: int):
+        """One forward of the base model over all nodes, each attending to its sequence and its ancestors."""
+        return self.model(
             input_ids=tree.input_ids,
-            attention_mask=masks,
+            attention_mask=self.cache.prepare_step(tree, root_column, in_use),
             # Nodes past the last token that can be emitted are never accepted; their positions may not exist.
             position_ids=torch.minimum(self.lengths + self.from_length + tree.depths, self.last_position),
             past_key_values=self.cache,
@@ -226,57 +236,61 @@ class SpeculativeDecoder:
             return_dict=True,
             **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
         )
-        verified = self.emit(tree, outputs.logits, self.cache.context_vectors)
-        if self.request.returns("hidden_states"):
-            self.hidden_states.append(
-                tuple(_at_nodes(layer, verified.nodes) for layer in outputs.hidden_states)  # (batch, depth + 1, size)
-            )
-        self.cache.keep(verified.nodes, verified.n_tokens, root_column)
 
-    def emit(self, tree: CandidateTree, logits: torch.Tensor, context_vectors: torch.Tensor):
+    def accept(self, tree: CandidateTree, root_column: torch.Tensor, outputs) -> None:
+        """Emits the accepted tokens, keeps their keys and values, and frees the slots of the others."""
+        self.emit(tree, outputs.logits, self.cache.context_vectors)
+        if self.request.returns("hidden_states"):
+            nodes = self.verified.nodes  # (batch, depth + 1)
+            self.hidden_states.append(tuple(_at_nodes(layer, nodes) for layer in outputs.hidden_states))
+        self.cache.keep(self.verified.nodes, self.verified.n_tokens, root_column)
+
+    def emit(self, tree: CandidateTree, logits: torch.Tensor, context_vectors: torch.Tensor) -> None:
         """Accepts a path, writes its tokens, and moves the root to the last of them."""
         logits = logits.to(self.lengths.device)
         if self.walk is None:
             drawn, drawable = self.draw.at_nodes(logits, tree.depths, tree.max_depth, self.lengths)
-            verified, self.budget = cut_at_end(accept(drawn, tree), self.eos_token_ids, self.budget)
+            verified, budget = cut_at_end(accept_drawn(drawn, tree), self.eos_token_ids, self.budget)
             along = self.along[: tree.max_depth + 1]
             self.sequences.scatter_(1, self.lengths + along, verified.tokens)
             if drawable is not None:
                 self.drawable = drawable.gather(1, verified.nodes) | (along >= verified.n_tokens[:, None])
         else:
             verified, unfinished = self.walk.accept(logits, tree)
-            self.budget = torch.where(unfinished, self.budget - verified.n_tokens, 0)
+            budget = torch.where(unfinished, self.budget - verified.n_tokens, 0)
         n_tokens = verified.n_tokens[:, None]
-        self.lengths += n_tokens
-        if tree.max_depth == 0:
-            self.root = verified.tokens
-            nodes = verified.nodes
-        else:
+        tokens, nodes = verified.tokens, verified.nodes
+        if tree.max_depth > 0:
             last = (n_tokens - 1).clamp(min=0)  # 0 tokens: the row has ended, and what it drafts is not used
-            self.root, nodes = verified.tokens.gather(1, last), verified.nodes.gather(1, last)
+            tokens, nodes = tokens.gather(1, last), nodes.gather(1, last)
+        self.lengths += n_tokens
+        self.budget.copy_(budget)
+        self.root.copy_(tokens)
         if self.n_candidates > 0:
-            self.context_vector = _at_nodes(context_vectors.to(self.lengths.device), nodes)
+            self.context_vector.copy_(_at_nodes(context_vectors, nodes))
         self.verified = verified
-        return verified
 
-    def synchronize(self, tree: CandidateTree) -> None:
-        """The one time in a step that the host waits for the device: what was emitted, and what is to be verified."""
-        batch, streamer = len(self.sequences), self.request.streamer
+    def report(self, tree: CandidateTree) -> torch.Tensor:
+        """All that the host wants to know of a step, as one tensor: what was emitted, and the size of a tree."""
         parts = [self.budget, self.lengths[:, 0], self.verified.n_tokens, tree.n_nodes]
         if self.drawable is not None:
             parts.append(self.drawable.all(-1))
-        if streamer is not None:
+        if self.request.streamer is not None:
             parts.append(self.verified.tokens.T.flatten())
-        numbers = torch.cat(parts).tolist()
+        return torch.cat(parts)
+
+    def read(self, report: torch.Tensor) -> None:
+        """The one time in a step that the host waits for the device."""
+        numbers, batch = report.tolist(), len(self.sequences)
         budget, lengths, emitted, n_nodes, *rest = (numbers[i : i + batch] for i in range(0, len(numbers), batch))
         if self.drawable is not None:
             check_drawable(all(rest.pop(0)))
         self.unfinished, self.longest = any(budget), max(lengths)
         self.emitted.append(emitted)
         self.drafted.append(n_nodes)
-        if streamer is not None:
+        if self.request.streamer is not None:
             for tokens in rest[: max(emitted)]:
-                streamer.put(torch.tensor(tokens))
+                self.request.streamer.put(torch.tensor(tokens))
 
     def text(self) -> torch.Tensor:
         """(batch, longest), padded where rows have ended before."""

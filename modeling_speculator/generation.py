@@ -9,6 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .checks import check_models, check_options, check_request
 from .decoding import Request, SpeculativeDecoder
+from .static_decoding import StaticDecoder
 from .statistics import SpeculationStatistics
 
 
@@ -76,7 +77,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
             synced_gpus=bool(synced_gpus),
         )
         check_request(self, request)
-        decoder = SpeculativeDecoder(self, assistant_model, request)
+        decoder = (StaticDecoder if request.is_static else SpeculativeDecoder)(self, assistant_model, request)
         decoder.run()
         return output(decoder)
 

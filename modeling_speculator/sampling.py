@@ -31,11 +31,10 @@ class TokenDraw:
     Args:
         processors: what is applied to the scores, in order; all of them `SCORES_ONLY`.
         row_keys: (batch,) random integers for sampling, from `draw_row_keys`; None for greedy decoding.
-        prompt_length: columns of text that were not drawn.
     """
 
-    def __init__(self, processors: list, row_keys: torch.Tensor | None, prompt_length: int):
-        self.processors, self.row_keys, self.prompt_length = processors, row_keys, prompt_length
+    def __init__(self, processors: list, row_keys: torch.Tensor | None):
+        self.processors, self.row_keys = processors, row_keys
 
     def at_nodes(
         self, logits: torch.Tensor, depths: torch.Tensor, max_depth: int, lengths: torch.Tensor
@@ -59,7 +58,7 @@ class TokenDraw:
             scores = scores.view(logits.shape)
         if self.row_keys is None:
             return scores.argmax(-1), None
-        positions = lengths - self.prompt_length + torch.arange(max_depth + 1, device=logits.device)
+        positions = lengths + torch.arange(max_depth + 1, device=logits.device)
         noise = gumbel_noise(self.row_keys[:, None], positions, logits.shape[-1])  # (batch, max_depth + 1, vocab)
         if max_depth > 0:
             noise = noise.gather(1, depths[:, :, None].expand_as(scores))
@@ -74,7 +73,7 @@ class TokenDraw:
         if self.row_keys is None:
             return scores.argmax(-1)
         check_drawable(bool(scores.amax(-1).isfinite().all()))
-        positions = torch.full((1, 1), length - self.prompt_length, device=scores.device)
+        positions = torch.full((1, 1), length, device=scores.device)
         return (scores + gumbel_noise(self.row_keys[rows, None], positions, scores.shape[-1])[:, 0]).argmax(-1)
 
 

@@ -20,7 +20,7 @@ class Verified(NamedTuple):
     n_tokens: torch.Tensor
 
 
-def accept(drawn: torch.Tensor, tree: CandidateTree) -> Verified:
+def accept_drawn(drawn: torch.Tensor, tree: CandidateTree) -> Verified:
     """Descends from the root while the token drawn at a node is a child of it.
 
     Candidates are chosen without chance, given the text so far. A draw at a node is one from the base model's own

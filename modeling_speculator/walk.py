@@ -69,7 +69,7 @@ class Group:
 
 
 class Walk:
-    """Accepts a path token by token, for requests that `verification.accept` can't serve.
+    """Accepts a path token by token, for requests that `verification.accept_drawn` can't serve.
 
     Args:
         sequences: (batch, columns), the text; written where a token is emitted.

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from modeling_speculator.cache import SpeculativeCache
 from modeling_speculator.candidate_tree import CandidateTree
 from modeling_speculator.families import attention_windows
-from modeling_speculator.verification import Verified, accept, cut_at_end
+from modeling_speculator.verification import Verified, accept_drawn, cut_at_end
 
 
 def tree_of(candidates, root=7):
@@ -48,7 +48,7 @@ def test_accept_descends_while_the_draw_is_a_child(seed, batch, n_candidates, de
     generator = torch.Generator().manual_seed(seed)
     tree = tree_of(torch.randint(3, (batch, n_candidates, depth), generator=generator))
     drawn = torch.randint(3, tree.input_ids.shape, generator=generator)
-    tokens, nodes, n_tokens = accept(drawn, tree)
+    tokens, nodes, n_tokens = accept_drawn(drawn, tree)
     for row in range(batch):
         known = {path_tokens(tree, row, node): node for node in range(tree.n_nodes[row])}
         path, expected_nodes, expected_tokens = (7,), [], []
