@@ -44,7 +44,8 @@ def check_models(model, speculator) -> None:
     attention_windows(config)
     check_shapes(model, speculator)
     if isinstance(speculator.config, MLPSpeculatorConfig):
-        speculator.config.check_dials(speculator.config.top_k_tokens_per_head, speculator.config.n_candidates)
+        dials = ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes")
+        speculator.config.check_dials(*(getattr(speculator.config, dial) for dial in dials))
     if not uses_sdpa(model) and config._attn_implementation != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={config._attn_implementation!r}`, which takes no mask of a "

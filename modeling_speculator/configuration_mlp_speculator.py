@@ -1,6 +1,8 @@
 """Configuration of an MLP speculator, in the keys of the published `mlp_speculator` checkpoints."""
 
+import itertools
 import math
+import operator
 
 from transformers import PreTrainedConfig
 
@@ -20,6 +22,8 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         top_k_tokens_per_head: children per node, one number a head; a dial, read at each call.
             Default: 5, 3, then 2 for every further head.
         n_candidates: drafted sequences to verify; a dial, read at each call. 0 turns speculation off.
+        n_tree_nodes: if set, the drafted tokens to verify: the most probable nodes of the whole tree, in place of its
+            `n_candidates` most probable leaves; a dial, read at each call.
         tie_weights: share embedding, head and norm among all heads, and the projection among all but the first.
         scale_input: normalise the context vector before the first head.
         base_model_name_or_path: the base model that the speculator was trained for.
@@ -37,6 +41,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     n_predict: int = 3
     top_k_tokens_per_head: list[int] | None = None
     n_candidates: int = 5
+    n_tree_nodes: int | None = None
     tie_weights: bool = False
     scale_input: bool = False
     base_model_name_or_path: str | None = None
@@ -50,15 +55,15 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
-        if kwargs.get("n_tree_nodes") is not None:
-            raise ValueError("`n_tree_nodes` is not supported; set `n_candidates` and `top_k_tokens_per_head`.")
         if self.top_k_tokens_per_head is None:
             self.top_k_tokens_per_head = (_PUBLISHED_TOP_K + [2] * self.n_predict)[: self.n_predict]
         self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
-        self.check_dials(self.top_k_tokens_per_head, self.n_candidates)
+        self.check_dials(self.top_k_tokens_per_head, self.n_candidates, self.n_tree_nodes)
         super().__post_init__(**kwargs)
 
-    def check_dials(self, top_k_tokens_per_head: list[int], n_candidates: int) -> None:
+    def check_dials(
+        self, top_k_tokens_per_head: list[int], n_candidates: int, n_tree_nodes: int | None = None
+    ) -> None:
         """Raises a ValueError where the drafting dials don't fit this speculator or one another."""
         top_k = top_k_tokens_per_head
         if len(top_k) != self.n_predict:
@@ -76,6 +81,13 @@ class MLPSpeculatorConfig(PreTrainedConfig):
                 f"`n_candidates` must be an integer between 0 and {math.prod(top_k)}, the number of leaves that "
                 f"`top_k_tokens_per_head={top_k}` can draft, but is {n_candidates!r}. "
                 "Lower `n_candidates` or raise `top_k_tokens_per_head`."
+            )
+        n_nodes = sum(itertools.accumulate(top_k, operator.mul))
+        if n_tree_nodes is not None and not (_is_int(n_tree_nodes) and 1 <= n_tree_nodes <= n_nodes):
+            raise ValueError(
+                f"`n_tree_nodes` must be None or an integer between 1 and {n_nodes}, the number of nodes that "
+                f"`top_k_tokens_per_head={top_k}` can draft, but is {n_tree_nodes!r}. "
+                "Lower `n_tree_nodes` or raise `top_k_tokens_per_head`."
             )
 
     def to_diff_dict(self) -> dict:

@@ -100,6 +100,7 @@ class SpeculativeDecoder:
         self.model, self.speculator, self.request = model, speculator, request
         config = speculator.config
         self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
+        self.n_tree_nodes = getattr(config, "n_tree_nodes", None)  # a dial that not every drafter has
         self.max_nodes = max_nodes(config)
         # For the statistics, a list per step with an entry per row, and for the output.
         self.emitted, self.drafted, self.hidden_states = [], [], []
@@ -209,6 +210,9 @@ class SpeculativeDecoder:
         """Drafts after each row's last token, and merges the candidates into one tree per row."""
         if self.n_candidates == 0:
             return self.bare_root
+        if self.n_tree_nodes is not None:
+            tokens, parents, depths = self.speculator.generate_tree(self.context_vector, self.root)
+            return CandidateTree.from_parents(self.root, tokens, parents, depths, self.n_predict)
         candidates = self.speculator.generate_candidates(self.context_vector, self.root)
         batch, n_candidates, depth = candidates.shape
         if batch != len(self.root) or n_candidates > self.n_candidates or depth > self.n_predict:
@@ -301,6 +305,8 @@ class SpeculativeDecoder:
 
 def max_nodes(config) -> int:
     """The most nodes that the tree of a speculator with this config can have, the root included."""
+    if config.n_candidates > 0 and getattr(config, "n_tree_nodes", None) is not None:
+        return 1 + config.n_tree_nodes
     top_k = getattr(config, "top_k_tokens_per_head", None)
     nodes, leaves = 1, 1
     for head in range(config.n_predict):

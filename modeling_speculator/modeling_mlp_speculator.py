@@ -79,6 +79,14 @@ class MLPSpeculator(nn.Module):
         state = F.gelu(self.ln[head](state))
         return state, self.head[head](state)
 
+    def best_children(
+        self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The state after `input_ids` (...), and the k most probable tokens then: log-probs and tokens (..., k)."""
+        state, logits = self.step(head, state, input_ids)
+        best, tokens = logits.topk(k)
+        return state, best.float() - logits.float().logsumexp(-1, keepdim=True), tokens
+
 
 def _tied_weights(n_predict: int) -> dict[str, str]:
     """{weight: weight it is tied to}: the heads share all but the first projection, which has another shape."""
@@ -205,15 +213,54 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         candidates = input_ids[:, :, None]  # (batch, branches, tokens so far)
         log_probs = 0.0
         for head, k in enumerate(top_k):
-            state, logits = self.speculator.step(head, state, candidates[:, :, -1])
-            best, tokens = logits.topk(k)  # (batch, branches, k)
-            best = best.float() - logits.float().logsumexp(-1, keepdim=True)
+            state, best, tokens = self.speculator.best_children(head, state, candidates[:, :, -1], k)
             log_probs = (log_probs + best).view(batch, -1, 1)
             candidates = torch.cat([candidates.repeat_interleave(k, dim=1), tokens.view(batch, -1, 1)], dim=-1)
             if head < config.n_predict - 1:
                 state = state.repeat_interleave(k, dim=1)
         leaves = log_probs.squeeze(-1).topk(n_candidates).indices  # (batch, n_candidates)
         return candidates[:, :, 1:].gather(1, leaves[:, :, None].expand(-1, -1, config.n_predict))
+
+    @torch.no_grad()
+    def generate_tree(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Drafts the `config.n_tree_nodes` most probable nodes of the tree that `top_k_tokens_per_head` spans.
+
+        At equal numbers of nodes they hold more probability than the paths to the most probable leaves, which
+        `generate_candidates` drafts. (EAGLE-2, arXiv 2406.16858, section 4, ranks its nodes the same way.)
+
+        Args:
+            hidden_states: (batch, 1, emb_dim), context vector of each sequence.
+            input_ids: (batch, 1), the token that the base model drew from it.
+
+        Returns:
+            Tokens, parents and depths, (batch, n_tree_nodes), level by level. Parents are numbered as nodes of the
+            tree: 0 is `input_ids`, 1 the first that is returned here.
+        """
+        n_nodes, batch = self.config.n_tree_nodes, len(input_ids)
+        state = self.speculator.first_state(hidden_states)
+        token, log_prob = input_ids, hidden_states.new_zeros(batch, 1, dtype=torch.float32)
+        levels = []  # of each: tokens, log-probs, parents and depths, (batch, width)
+        first, width = 0, 1  # node and width of the level before; the root is node 0
+        for head, k in enumerate(self.config.top_k_tokens_per_head):
+            state, best, tokens = self.speculator.best_children(head, state, token, k)
+            # At most 0: rounding must not make a child more probable than its parent.
+            log_prob = (log_prob[:, :, None] + best.clamp(max=0)).flatten(1)  # (batch, width * k)
+            # What is not among the best of its level is not among the best of all.
+            log_prob, kept = log_prob.topk(min(n_nodes, log_prob.shape[1]))
+            parent = kept // k  # within the level before
+            token = tokens.flatten(1).gather(1, kept)
+            levels.append((token, log_prob, first + parent, torch.full_like(token, head + 1)))
+            first, width = first + width, parent.shape[1]
+            if head < self.config.n_predict - 1:
+                state = state.gather(1, parent[:, :, None].expand(-1, -1, state.shape[-1]))
+        tokens, log_probs, parents, depths = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        # Stable: of equals, the one that comes first is taken, and a parent comes before its children.
+        chosen = log_probs.sort(dim=1, descending=True, stable=True).indices[:, :n_nodes].sort(dim=1).values
+        number = torch.zeros_like(parents[:, :1]).repeat(1, parents.shape[1] + 1)  # of every node, 0 is the root
+        number.scatter_(1, chosen + 1, torch.arange(1, n_nodes + 1, device=chosen.device).expand_as(chosen))
+        return tokens.gather(1, chosen), number.gather(1, parents.gather(1, chosen)), depths.gather(1, chosen)
 
 
 def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

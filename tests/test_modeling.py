@@ -74,6 +74,35 @@ def test_parallel_forward_is_step_by_step_drafting(shape):
         assert candidates[row].tolist() == best_first
 
 
+@pytest.mark.parametrize("n_tree_nodes", [1, 2, 7, 15, 50])
+@torch.no_grad()
+def test_the_best_nodes_of_the_tree(n_tree_nodes):
+    """Against all nodes, each with the log-prob that the training forward gives its path."""
+    model = speculator()
+    model.config.n_tree_nodes = n_tree_nodes
+    hidden_states, root = torch.randn(2, 1, 16), torch.tensor([[1], [4]])
+    tokens, parents, depths = model.generate_tree(hidden_states, root)
+    assert tokens.shape == parents.shape == depths.shape == (2, n_tree_nodes)
+    for row in range(2):
+        paths, every = [()], {}
+        for head, k in enumerate(model.config.top_k_tokens_per_head):
+            grown = []
+            for path in paths:
+                input_ids = torch.tensor([[int(root[row]), *path, *[0] * (2 - len(path))]])
+                log_probs = model(hidden_states[row : row + 1], input_ids).logits[head, 0, 0].log_softmax(-1)
+                for token in log_probs.topk(k).indices.tolist():
+                    every[(*path, token)] = every.get(path, 0.0) + float(log_probs[token])
+                    grown.append((*path, token))
+            paths = grown
+        best = sorted(every, key=every.get, reverse=True)[:n_tree_nodes]
+        drafted = [()]
+        for node, (token, parent) in enumerate(zip(tokens[row].tolist(), parents[row].tolist(), strict=True)):
+            drafted.append((*drafted[parent], token))
+            assert depths[row, node] == len(drafted[-1])
+        assert set(drafted[1:]) == set(best)
+        assert depths[row].tolist() == sorted(depths[row].tolist())
+
+
 def test_forward_at_every_position_is_the_forward_at_one():
     model = speculator()
     hidden_states, input_ids = torch.randn(2, 6, 16), torch.randint(50, (2, 9))
@@ -216,7 +245,8 @@ def test_tied_config_with_weights_that_differ(tmp_path):
         ({"top_k_tokens_per_head": [2, 1, 1], "n_candidates": 3}, "between 0 and 2.*n_candidates"),
         ({"n_candidates": -1}, "n_candidates"),
         ({"emb_dim": 0}, "emb_dim"),
-        ({"n_tree_nodes": 8}, "n_tree_nodes.*not supported"),
+        ({"n_tree_nodes": 51}, "`n_tree_nodes`.*between 1 and 50.*51"),
+        ({"n_tree_nodes": 0}, "`n_tree_nodes`.*between 1 and 50.*0"),
     ],
 )
 def test_bad_configs(config, complaint):
