@@ -83,6 +83,9 @@ def check_options(generation_mode, generation_config: GenerationConfig) -> None:
             f"A speculator can't be combined with {generation_mode.value.replace('_', ' ')}. Set `num_beams=1` and no "
             "other decoding strategy, or drop `assistant_model`."
         )
+    speculation = getattr(generation_config, "speculation", None)
+    if speculation not in (None, "adaptive"):
+        raise ValueError(f"`speculation` of the generation config must be None or 'adaptive', but is {speculation!r}.")
     implementation = generation_config.cache_implementation
     not_supported = {
         "use_cache=False": not generation_config.use_cache,

@@ -7,6 +7,7 @@ import torch
 from transformers import Cache, GenerationConfig, StaticCache
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
+from .adaptive import AdaptiveSpeculation
 from .attention import tree_attention, uses_sdpa
 from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
@@ -102,8 +103,10 @@ class SpeculativeDecoder:
         self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
         self.n_tree_nodes = getattr(config, "n_tree_nodes", None)  # a dial that not every drafter has
         self.max_nodes = max_nodes(config)
-        # For the statistics, a list per step with an entry per row, and for the output.
-        self.emitted, self.drafted, self.hidden_states = [], [], []
+        adaptive = getattr(request.generation_config, "speculation", None) == "adaptive"
+        self.policy = AdaptiveSpeculation(_choices(config)) if adaptive and self.n_candidates else None
+        # For the statistics, an entry per step (of a list: per row), and for the output.
+        self.chosen, self.emitted, self.drafted, self.hidden_states = [], [], [], []
 
     def run(self) -> None:
         """Decodes; the text is in `sequences`, of `lengths` columns each."""
@@ -195,16 +198,24 @@ class SpeculativeDecoder:
 
     def decode(self) -> None:
         """Draft, verify, accept, until every row has ended."""
+        self.choose()
         tree = self.draft()
         self.read(self.report(tree))
         while self.goes_on():
             self.step(tree.trim(max(self.drafted[-1])), self.longest - 1 + self.in_cache_only + self.max_nodes)
+            self.choose()
             tree = self.draft()
             self.read(self.report(tree))
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""
         return self.model._has_unfinished_sequences(not self.unfinished, self.request.synced_gpus, self.model.device)
+
+    def choose(self) -> None:
+        """Decides how many candidates are drafted next."""
+        if self.policy is not None:
+            self.n_candidates = self.policy.choose()
+        self.chosen.append(self.n_candidates)
 
     def draft(self) -> CandidateTree:
         """Drafts after each row's last token, and merges the candidates into one tree per row."""
@@ -213,7 +224,8 @@ class SpeculativeDecoder:
         if self.n_tree_nodes is not None:
             tokens, parents, depths = self.speculator.generate_tree(self.context_vector, self.root)
             return CandidateTree.from_parents(self.root, tokens, parents, depths, self.n_predict)
-        candidates = self.speculator.generate_candidates(self.context_vector, self.root)
+        dial = {} if self.policy is None else {"n_candidates": self.n_candidates}
+        candidates = self.speculator.generate_candidates(self.context_vector, self.root, **dial)
         batch, n_candidates, depth = candidates.shape
         if batch != len(self.root) or n_candidates > self.n_candidates or depth > self.n_predict:
             raise ValueError(
@@ -270,7 +282,7 @@ class SpeculativeDecoder:
         self.lengths += n_tokens
         self.budget.copy_(budget)
         self.root.copy_(tokens)
-        if self.n_candidates > 0:
+        if self.max_nodes > 1:
             self.context_vector.copy_(_at_nodes(context_vectors, nodes))
         self.verified = verified
 
@@ -292,6 +304,9 @@ class SpeculativeDecoder:
         self.unfinished, self.longest = any(budget), max(lengths)
         self.emitted.append(emitted)
         self.drafted.append(n_nodes)
+        if self.policy is not None and len(self.emitted) > 1:  # the prefill was no step
+            rows = batch - emitted.count(0)
+            self.policy.record(self.chosen[len(self.emitted) - 2], sum(emitted) / max(1, rows))
         if self.request.streamer is not None:
             for tokens in rest[: max(emitted)]:
                 self.request.streamer.put(torch.tensor(tokens))
@@ -313,6 +328,12 @@ def max_nodes(config) -> int:
         leaves = leaves * top_k[head] if top_k else config.n_candidates
         nodes += min(config.n_candidates, leaves)
     return nodes
+
+
+def _choices(config) -> list[int]:
+    """What adaptive speculation picks from: nothing, a single candidate, and what the dials say."""
+    few = [1] if getattr(config, "n_tree_nodes", None) is None else []  # a tree of best nodes has one size
+    return sorted({0, *few, config.n_candidates})
 
 
 def _hand_context_vectors_to_cache(module, args, output) -> None:

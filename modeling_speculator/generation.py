@@ -132,6 +132,7 @@ def output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Ten
         speculation=SpeculationStatistics.from_counts(
             emitted=torch.tensor(decoder.emitted[1:]).view(-1, len(sequences)),  # the prefill's is not counted
             n_nodes=torch.tensor(decoder.drafted[:-1]).view(-1, len(sequences)),  # nor a tree that nobody verified
+            n_candidates=decoder.chosen[: len(decoder.emitted) - 1],
             n_predict=decoder.n_predict,
         ),
     )

@@ -10,16 +10,16 @@ from .candidate_tree import CandidateTree
 from .decoding import SpeculativeDecoder
 
 
-# The least number of slots that attention looks at. Views of the cache come in powers of two, so that a large one costs
-# nothing while the text is short, and each costs a compilation. Below this, looking at less saves nothing.
+# The least number of slots that attention looks at. Views of the cache come in powers of two, so that a large one
+# costs nothing while the text is short; each costs a compilation. Below this, looking at less saves nothing.
 _LEAST_VIEW = 256
 
 
 class StaticDecoder(SpeculativeDecoder):
     """A `SpeculativeDecoder` whose trees are padded to their bound, and whose cache is looked at in powers of two.
 
-    On CUDA, and elsewhere where the caller passes a `compile_config`, drafting, verifying, accepting and keeping are one
-    compiled function. Where processors or criteria need Python, it ends with the logits.
+    On CUDA, and elsewhere where the caller passes a `compile_config`, drafting, verifying, accepting and keeping are
+    one compiled function. Where processors or criteria need Python, it ends with the logits.
     """
 
     may_be_dense = False
@@ -37,6 +37,7 @@ class StaticDecoder(SpeculativeDecoder):
         # One compiled function for each size of the view, batch, model and dial: far below what is no longer sensible.
         with dynamo_config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
             while self.goes_on():
+                self.choose()
                 in_use = self.longest - 1 + self.in_cache_only + self.max_nodes
                 view = min(_power_of_two(in_use), self.cache.slots.capacity)
                 if self.walk is None:

@@ -13,12 +13,14 @@ class SpeculationStatistics:
     Attributes:
         emitted_per_step: tokens that each verifying forward emitted, row after row, each counted until it ended. The
             prefill's token is not counted, nor what an end of sequence or of budget cut.
+        candidates_per_step: sequences drafted for each of these forwards; adaptive speculation varies it.
         drafted_tokens: nodes verified, roots and padding not counted.
         n_predict: tokens that a draft can hold.
         per_sequence: the same, one per row of the batch; empty for a row.
     """
 
     emitted_per_step: tuple[int, ...]
+    candidates_per_step: tuple[int, ...]
     drafted_tokens: int
     n_predict: int
     per_sequence: tuple["SpeculationStatistics", ...] = ()
@@ -47,11 +49,21 @@ class SpeculationStatistics:
         ]
 
     @classmethod
-    def from_counts(cls, emitted: torch.Tensor, n_nodes: torch.Tensor, n_predict: int) -> "SpeculationStatistics":
-        """From counts (steps, batch) of tokens emitted (0 after a row's end) and nodes verified (roots included)."""
+    def from_counts(
+        cls, emitted: torch.Tensor, n_nodes: torch.Tensor, n_candidates: list[int], n_predict: int
+    ) -> "SpeculationStatistics":
+        """From counts of each step.
+
+        Args:
+            emitted: (steps, batch) tokens, 0 after a row's end.
+            n_nodes: (steps, batch) nodes verified, roots included.
+            n_candidates: of each step.
+            n_predict: tokens that a draft can hold.
+        """
         rows = [
             cls(
                 emitted_per_step=tuple(n for n in row_emitted if n),
+                candidates_per_step=tuple(k for n, k in zip(row_emitted, n_candidates, strict=True) if n),
                 drafted_tokens=sum(nodes - 1 for n, nodes in zip(row_emitted, row_nodes, strict=True) if n),
                 n_predict=n_predict,
             )
@@ -71,6 +83,7 @@ class SpeculationStatistics:
             raise ValueError(f"Needs records of one `n_predict`, got {[part.n_predict for part in parts]}.")
         return cls(
             emitted_per_step=tuple(n for part in parts for n in part.emitted_per_step),
+            candidates_per_step=tuple(k for part in parts for k in part.candidates_per_step),
             drafted_tokens=sum(part.drafted_tokens for part in parts),
             n_predict=parts[0].n_predict,
             per_sequence=parts,

@@ -40,8 +40,9 @@ class Oracle:
             outputs = decoder(input_ids=text, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         self.context_vectors = outputs.last_hidden_state
 
-    def generate_candidates(self, hidden_states, input_ids):
-        batch, n_predict, n_candidates = len(input_ids), self.config.n_predict, self.config.n_candidates
+    def generate_candidates(self, hidden_states, input_ids, n_candidates=None):
+        batch, n_predict = len(input_ids), self.config.n_predict
+        n_candidates = self.config.n_candidates if n_candidates is None else n_candidates
         distance = (self.context_vectors - hidden_states).norm(dim=-1)
         follows = self.text[:, 1 : 1 + distance.shape[1]] == input_ids  # the context vector's token was drawn already
         place = distance.masked_fill(~follows, torch.inf).argmin(-1)  # (batch,)

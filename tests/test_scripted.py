@@ -106,10 +106,11 @@ def test_identical_candidates_are_one_path(model):
 def test_statistics_per_row_and_in_all():
     emitted = torch.tensor([[3, 1], [1, 2], [2, 0]])  # the second row ends after two steps
     n_nodes = torch.tensor([[5, 6], [6, 6], [6, 4]])
-    stats = SpeculationStatistics.from_counts(emitted, n_nodes, n_predict=2)
+    stats = SpeculationStatistics.from_counts(emitted, n_nodes, n_candidates=[5, 0, 5], n_predict=2)
     first, second = stats.per_sequence
     assert (first.steps, first.tokens, first.drafted_tokens) == (3, 6, 14)
     assert (second.steps, second.tokens, second.drafted_tokens) == (2, 3, 10)
     assert (stats.steps, stats.tokens, stats.drafted_tokens) == (5, 9, 24)
     assert stats.tokens_per_step == 9 / 5
+    assert (first.candidates_per_step, second.candidates_per_step) == ((5, 0, 5), (5, 0))
     assert stats.accepted_per_position == [3 / 5, 1 / 5]
