@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMode
@@ -55,12 +56,29 @@ def check_models(model, speculator) -> None:
         raise ValueError(
             f"{name} is training with gradient checkpointing, which allows no cache. Call `eval()` first."
         )
-    device = getattr(speculator, "device", model.device)  # a drafter without weights has none
-    if device != model.device:
+    # peft lends the base model its own method for the time of a call.
+    adapted = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    if getattr(getattr(adapted, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
-            f"The speculator is on {device} and {name} on {model.device}. "
-            f"Move it with `speculator.to({str(model.device)!r})`."
+            f"{name} has an adapter of virtual tokens, which are in its cache but not in the text; speculation does "
+            "not support that. Use an adapter of the weights, such as LoRA."
         )
+    home = main_device(model)
+    device = getattr(speculator, "device", home)  # a drafter without weights has none
+    if device != home:
+        raise ValueError(
+            f"The speculator is on {device} and {name} on {home}. Move it with `speculator.to({str(home)!r})`."
+        )
+
+
+def main_device(model) -> torch.device:
+    """Where a base model takes its inputs, and a speculator has to be."""
+    if model.device.type != "meta":
+        return model.device
+    # Its weights are offloaded: accelerate's hooks bring them to where they are needed.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next(device for device in devices if device is not None))
 
 
 def check_shapes(model, speculator) -> None:
@@ -103,8 +121,13 @@ def check_request(model, request) -> None:
     _refuse(
         f"the model input `{key}`"
         for key in sorted(model_kwargs.keys() - _KNOWN_MODEL_KWARGS)
-        if model_kwargs[key] is not None
+        if not _is_empty(model_kwargs[key])
     )
+    if request.is_adaptive and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            '`speculation="adaptive"` goes by a clock, but with tensor parallelism all processes must do the same. '
+            "Set `speculator.config.n_candidates` yourself."
+        )
     batch, given = request.input_ids.shape
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     cache = request.past_key_values
@@ -163,6 +186,11 @@ def check_positions(model, n_tokens: int) -> None:
             f"{n_tokens} tokens are more than the {config.max_position_embeddings} positions that the base model "
             "learned. Shorten the text, or lower `max_new_tokens` (training: `sequence_length`, `generation_length`)."
         )
+
+
+def _is_empty(value) -> bool:
+    """Whether a model input says nothing; multimodal models get a dict of encoder outputs with text, too."""
+    return value is None or (isinstance(value, dict) and all(part is None for part in value.values()))
 
 
 def _refuse(options: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from .adaptive import AdaptiveSpeculation
 from .attention import tree_attention, uses_sdpa
 from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
+from .checks import main_device
 from .families import attention_windows
 from .sampling import SCORES_ONLY, TokenDraw, check_drawable, draw_row_keys
 from .verification import accept_drawn, cut_at_end
@@ -81,6 +82,10 @@ class Request:
         static = self.generation_config.cache_implementation == "static"
         return static or isinstance(self.past_key_values, StaticCache)
 
+    @property
+    def is_adaptive(self) -> bool:
+        return getattr(self.generation_config, "speculation", None) == "adaptive"
+
     def returns(self, what: str) -> bool:
         """Whether `output_<what>` was asked for, in the only form that can hold it."""
         return bool(
@@ -99,12 +104,13 @@ class SpeculativeDecoder:
 
     def __init__(self, model, speculator, request: Request):
         self.model, self.speculator, self.request = model, speculator, request
+        self.device = main_device(model)
         config = speculator.config
         self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
         self.n_tree_nodes = getattr(config, "n_tree_nodes", None)  # a dial that not every drafter has
         self.max_nodes = max_nodes(config)
-        adaptive = getattr(request.generation_config, "speculation", None) == "adaptive"
-        self.policy = AdaptiveSpeculation(_choices(config)) if adaptive and self.n_candidates else None
+        adapts = request.is_adaptive and self.n_candidates > 0
+        self.policy = AdaptiveSpeculation(_choices(config)) if adapts else None
         # For the statistics, an entry per step (of a list: per row), and for the output.
         self.chosen, self.emitted, self.drafted, self.hidden_states = [], [], [], []
 
@@ -129,7 +135,7 @@ class SpeculativeDecoder:
     def prefill(self) -> None:
         """Runs the prompt the model's own way, into our cache, and emits the first token."""
         model, request = self.model, self.request
-        input_ids = request.input_ids.to(model.device)
+        input_ids = request.input_ids.to(self.device)
         batch, length = input_ids.shape
         config = model.config.get_text_config(decoder=True)
         windows = attention_windows(config)
@@ -142,19 +148,19 @@ class SpeculativeDecoder:
         dense = self.max_nodes == 1 and mask is None and not windowed and uses_sdpa(model) and self.may_be_dense
         if mask is None:
             mask = input_ids.new_ones(batch, request.context_length)
-        self.cache.start_steps(mask.to(model.device), self.max_nodes, dense)
+        self.cache.start_steps(mask.to(self.device), self.max_nodes, dense)
 
         self.prompt_length = length
         self.in_cache_only = request.context_length - length
-        self.lengths = torch.full((batch, 1), length, device=model.device)  # columns of text, padding included
-        self.from_length = request.last_positions.to(model.device) - length  # of a text to its last token's position
+        self.lengths = torch.full((batch, 1), length, device=self.device)  # columns of text, padding included
+        self.from_length = request.last_positions.to(self.device) - length  # of a text to its last token's position
         self.last_position = self.from_length + length + request.budget - 1  # the last token is never run
-        self.budget = torch.full((batch,), request.budget, device=model.device)
+        self.budget = torch.full((batch,), request.budget, device=self.device)
         self.eos_token_ids = request.eos_token_ids
         # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
         self.sequences = input_ids.new_zeros(batch, capacity + self.n_predict + 1)
         self.sequences[:, :length] = input_ids
-        self.along = torch.arange(self.n_predict + 1, device=model.device)
+        self.along = torch.arange(self.n_predict + 1, device=self.device)
         self.prepare_draws()
 
         if request.returns("hidden_states"):
@@ -164,7 +170,7 @@ class SpeculativeDecoder:
         self.bare_root = CandidateTree.root_only(self.root)
         context_vectors = self.cache.context_vectors[:, -1:]
         self.context_vector = torch.empty_like(
-            context_vectors, device=model.device, memory_format=torch.contiguous_format
+            context_vectors, device=self.device, memory_format=torch.contiguous_format
         )
         self.emit(self.bare_root, outputs.logits[:, -1:], context_vectors)
 
@@ -176,7 +182,7 @@ class SpeculativeDecoder:
         """Decides how tokens are drawn: all nodes at once, or along a walk."""
         request, batch = self.request, len(self.sequences)
         processors, criteria = list(request.logits_processor), request.stopping_criteria
-        row_keys = draw_row_keys(batch, self.model.device) if request.generation_config.do_sample else None
+        row_keys = draw_row_keys(batch, self.device) if request.generation_config.do_sample else None
         self.draw, self.walk = TokenDraw(processors, row_keys), None
         record = {f"record_{what}": request.returns(what) for what in ("scores", "logits")}
         at_once = all(type(processor) in SCORES_ONLY for processor in processors) and all(
@@ -209,7 +215,7 @@ class SpeculativeDecoder:
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""
-        return self.model._has_unfinished_sequences(not self.unfinished, self.request.synced_gpus, self.model.device)
+        return self.model._has_unfinished_sequences(not self.unfinished, self.request.synced_gpus, self.device)
 
     def choose(self) -> None:
         """Decides how many candidates are drafted next."""

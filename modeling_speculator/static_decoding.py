@@ -51,7 +51,7 @@ class StaticDecoder(SpeculativeDecoder):
     def compile_config(self) -> CompileConfig | None:
         """How to compile, None for not at all: as `generate` decides it without a speculator."""
         given = self.request.generation_config.compile_config
-        wanted = self.model.device.type == "cuda" or given is not None
+        wanted = self.device.type == "cuda" or given is not None
         if not wanted or self.request.generation_config.disable_compile:
             return None
         return given or CompileConfig()

@@ -100,7 +100,9 @@ def test_rows_that_end_apart(llama):
     expected = llama.generate(prompt, past_key_values=expected_cache, **options)
     assert (expected[1, 12:] == 0).all() and not (expected[:, -1] == 0).all()
     oracle = Oracle(llama, text, p_right=0.7)
-    assert llama.generate(prompt, past_key_values=cache, assistant_model=oracle, **options).tolist() == expected.tolist()
+    assert (
+        llama.generate(prompt, past_key_values=cache, assistant_model=oracle, **options).tolist() == expected.tolist()
+    )
     for ours, theirs in zip(cache.layers, expected_cache.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)
     # Nobody asked for one here, and it costs a forward.
