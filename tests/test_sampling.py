@@ -43,7 +43,7 @@ def speculator():
 
 class Own(LogitsProcessor):
     def __call__(self, input_ids, scores):
-        return scores + (input_ids[:, -1:] == torch.arange(VOCAB)) * 1.5
+        return scores - (input_ids[:, -1:] == torch.arange(VOCAB)) * 1.5
 
 
 def allowed(row, input_ids):
@@ -91,7 +91,7 @@ def distribution(model, prompt, processors):
 def p_value(texts, probabilities):
     """Pearson's chi-square test of texts against probabilities; rare ones are counted together."""
     n = len(texts)
-    counts = {text: 0 for text in probabilities}
+    counts = dict.fromkeys(probabilities, 0)
     for text in texts:
         counts[text] += 1
     assert not any(counts[text] for text, p in probabilities.items() if p == 0)

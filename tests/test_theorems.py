@@ -1,7 +1,7 @@
-"""Lossless for any family, cache, batch, option and draft: generated cases, each with an oracle that errs now and then.
+"""Lossless for any family, cache, batch, option and draft, in a thousand generated cases.
 
-Random models accept almost nothing, so the oracle is right with a probability, on a random branch; what was accepted is
-counted over all cases, and every accepted length and every branch must have occurred.
+Random models accept almost nothing, so an oracle drafts that is right with a probability, on a random branch; what was
+accepted is counted over all cases, and every accepted length and every branch must have occurred.
 """
 
 import functools
