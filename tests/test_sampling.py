@@ -37,7 +37,9 @@ def model():
 @pytest.fixture(scope="module")
 def speculator():
     torch.manual_seed(1)
-    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=16, n_predict=2, top_k_tokens_per_head=[3, 2])
+    config = MLPSpeculatorConfig(
+        vocab_size=VOCAB, emb_dim=16, n_predict=2, top_k_tokens_per_head=[4, 3], n_candidates=9
+    )
     return MLPSpeculatorPreTrainedModel(config).eval()
 
 
