@@ -120,10 +120,9 @@ class SpeculativeDecoder:
         handle = model.get_decoder().register_forward_hook(_hand_context_vectors_to_cache)
         try:
             self.prefill()
-            # Inference mode: a tenth less time per step than `no_grad` where the host is the limit. But what a user's
-            # code is given, or gets to keep, must be ordinary tensors.
-            ours_alone = self.walk is None and not request.returns("hidden_states")
-            mode = torch.inference_mode() if ours_alone else nullcontext()
+            # A tenth less time per step than `no_grad` where the host is the limit; but what a user's code is given,
+            # or gets to keep, must be ordinary tensors.
+            mode = torch.inference_mode() if self.is_self_contained else nullcontext()
             masked = nullcontext() if self.cache.dense else tree_attention(model)
             with masked, model._optimize_model_for_decode(), mode:
                 self.decode()
@@ -173,6 +172,11 @@ class SpeculativeDecoder:
             context_vectors, device=self.device, memory_format=torch.contiguous_format
         )
         self.emit(self.bare_root, outputs.logits[:, -1:], context_vectors)
+
+    @property
+    def is_self_contained(self) -> bool:
+        """Whether a step is a function of our tensors alone: no Python of others, nothing that is kept of it."""
+        return self.walk is None and not self.request.returns("hidden_states")
 
     def capacity(self) -> int:
         """Slots of the cache: the text but its last token, and the nodes of one tree."""

@@ -19,7 +19,7 @@ class StaticDecoder(SpeculativeDecoder):
     """A `SpeculativeDecoder` whose trees are padded to their bound, and whose cache is looked at in powers of two.
 
     On CUDA, and elsewhere where the caller passes a `compile_config`, drafting, verifying, accepting and keeping are
-    one compiled function. Where processors or criteria need Python, it ends with the logits.
+    one compiled function. Where something else is to be done with the logits, it ends with them.
     """
 
     may_be_dense = False
@@ -30,7 +30,7 @@ class StaticDecoder(SpeculativeDecoder):
 
     def decode(self) -> None:
         self.read(self.report(self.bare_root))
-        step = _step if self.walk is None else _propose
+        step = _step if self.is_self_contained else _propose
         compile_config = self.compile_config()
         if compile_config is not None:
             step = _compiled(step, compile_config.backend, compile_config.mode, _hashable(compile_config.options))
@@ -40,7 +40,7 @@ class StaticDecoder(SpeculativeDecoder):
                 self.choose()
                 in_use = self.longest - 1 + self.in_cache_only + self.max_nodes
                 view = min(_power_of_two(in_use), self.cache.slots.capacity)
-                if self.walk is None:
+                if self.is_self_contained:
                     report = step(self, view)
                 else:
                     tree, root_column, outputs = step(self, view)

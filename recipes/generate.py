@@ -1,0 +1,150 @@
+"""Try a speculator from the terminal.
+
+python recipes/generate.py --base_model X --speculator Y --prompt "def quicksort(numbers):" --stream --color
+python recipes/generate.py --base_model X --speculator Y --prompts prompts.jsonl --batch_size 4
+python recipes/generate.py --base_model X --speculator Y --chat          # an empty line ends it
+
+--color changes the colour with every step: what has one colour was verified in one forward of the base model.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+import modeling_speculator  # noqa: F401  lets `generate` take a speculator
+
+
+COLORS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"
+DIALS, MODEL_INPUTS = ("n_candidates", "n_tree_nodes"), ["input_ids", "attention_mask"]
+
+
+def main() -> None:
+    args = parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model, padding_side="left", model_input_names=MODEL_INPUTS)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # it is masked: any will do
+    if args.chat and tokenizer.chat_template is None:
+        sys.exit(f"{args.base_model} has no chat template. Use --prompt.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto").eval().to(device)
+    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
+    for dial in DIALS:
+        if getattr(args, dial) is not None:
+            setattr(speculator.config, dial, getattr(args, dial))
+    if args.chat:
+        return chat(args, model, tokenizer, speculator)
+    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt]
+    prompts = [json.loads(line)["prompt"] if args.is_jsonl else line for line in lines if line.strip()]
+    for at in range(0, len(prompts), args.batch_size):
+        batch = tokenizer(prompts[at : at + args.batch_size], return_tensors="pt", padding=True).to(device)
+        out, _ = generate(args, model, tokenizer, speculator, **batch)
+        if not args.stream:
+            for row, statistics in zip(out.sequences, out.speculation.per_sequence, strict=True):
+                show(args, model, tokenizer, row[batch.input_ids.shape[1] :], statistics)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for model in ("--base_model", "--speculator"):
+        parser.add_argument(model, required=True, help="folder or Hub id")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--prompts", type=Path, help="a prompt a line, or jsonl with `prompt`")
+    what.add_argument("--chat", action="store_true", help="a conversation, with the base model's chat template")
+    parser.add_argument("--stream", action="store_true", help="show tokens as they come")
+    parser.add_argument("--color", action="store_true", help="another colour for every step")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    for dial in DIALS:
+        parser.add_argument(f"--{dial}", type=int, help="instead of the speculator's own")
+    args = parser.parse_args()
+    args.is_jsonl = args.prompts is not None and args.prompts.suffix == ".jsonl"
+    if args.stream and args.batch_size > 1:
+        parser.error("--stream shows one text at a time: drop --batch_size")
+    return args
+
+
+def generate(args, model, tokenizer, speculator, **inputs):
+    """Generates and reports; streams if asked to."""
+    start = time.perf_counter()
+    out = model.generate(
+        **inputs,
+        **({"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}),
+        assistant_model=speculator,
+        streamer=StepStreamer(tokenizer, model, args.color) if args.stream else None,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+    )
+    n_tokens = out.speculation.tokens + len(out.sequences)  # those of the prefill, too
+    print(f"[{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second; {out.speculation}]")
+    return out, n_tokens
+
+
+def show(args, model, tokenizer, tokens: torch.Tensor, statistics) -> None:
+    """Prints a continuation, as it would have been streamed."""
+    streamer = StepStreamer(tokenizer, model, args.color)
+    streamer.put(tokens[:0])
+    of_step = ([step] * n for step, n in enumerate([1, *statistics.emitted_per_step]))  # 1: the prefill's
+    for step, token in zip(itertools.chain(*of_step), tokens, strict=False):
+        streamer.forwards = step
+        streamer.put(token[None])
+    streamer.end()
+
+
+class StepStreamer(BaseStreamer):
+    """Prints text as it comes, the tokens of each forward of the base model in another colour."""
+
+    def __init__(self, tokenizer, model, color: bool):
+        self.tokenizer, self.color = tokenizer, color
+        self.tokens, self.shown, self.forwards = None, "", 0
+        self.handle = model.register_forward_hook(self.count)
+
+    def count(self, *args) -> None:
+        self.forwards += 1
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.tokens is None:  # the prompt
+            self.tokens = []
+            return
+        self.tokens += value.tolist()
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # the middle of a character
+            color, end = (COLORS[self.forwards % 2], PLAIN) if self.color else ("", "")
+            print(color + text[len(self.shown) :] + end, end="", flush=True)
+            self.shown = text
+
+    def end(self) -> None:
+        self.handle.remove()
+        print()
+
+
+def chat(args, model, tokenizer, speculator) -> None:
+    """A conversation whose cache is kept between the turns, as far as the template repeats what was said."""
+    messages, text, cache = [], [], None
+    print("> ", end="", flush=True)
+    while line := sys.stdin.readline().strip():
+        messages.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, text, strict=False)))
+        if cache is None or same < cache.get_seq_length():
+            cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        ids = torch.tensor([ids], device=model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        out, n_tokens = generate(args, model, tokenizer, speculator, **inputs)
+        text = out.sequences[0].tolist()
+        if not args.stream:
+            show(args, model, tokenizer, out.sequences[0, -n_tokens:], out.speculation)
+        messages.append({"role": "assistant", "content": tokenizer.decode(text[-n_tokens:], skip_special_tokens=True)})
+        print("> ", end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()

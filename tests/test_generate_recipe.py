@@ -1,0 +1,92 @@
+"""`recipes/generate.py`, as it is run from a terminal."""
+
+import io
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCAB, tiny_model, word_tokenizer
+from transformers import AutoTokenizer
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+
+
+SCRIPT = Path(__file__).parents[1] / "recipes/generate.py"
+TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}assistant "
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model("llama").save_pretrained(folder / "base_model")
+    words = ["unknown", "user", "assistant", *(f"w{n}" for n in range(VOCAB - 3))]
+    tokenizer = word_tokenizer(words)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "base_model")
+    torch.manual_seed(0)
+    speculator = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32))
+    speculator.save_pretrained(folder / "speculator")
+    return ["--base_model", str(folder / "base_model"), "--speculator", str(folder / "speculator")]
+
+
+@pytest.fixture
+def run(models, monkeypatch, capsys):
+    def run_(*args, stdin=""):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *models, "--max_new_tokens", "12", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_
+
+
+def words(output):
+    """What was generated: the report and the colours left out."""
+    return re.findall(r"\bw\d+\b|unknown|user|assistant", re.sub(r"\[\d+ tokens.*\]|\033\[\d+m", "", output))
+
+
+def test_streamed_and_colored_text_is_the_same(run):
+    plain = run("--prompt", "w3 w4 w5")
+    assert "tokens_per_step" in plain
+    assert len(words(plain)) == 12
+    colored = run("--prompt", "w3 w4 w5", "--stream", "--color")
+    assert words(colored) == words(plain)
+    assert {"\033[36m", "\033[33m"} <= set(re.findall(r"\033\[3\dm", colored))
+    assert words(run("--prompt", "w3 w4 w5", "--color", "--n_candidates", 0)) == words(plain)
+    assert words(run("--prompt", "w3 w4 w5", "--n_tree_nodes", 9)) == words(plain)
+    assert len(words(run("--prompt", "w3 w4 w5", "--temperature", 0.8))) == 12
+
+
+def test_files_of_prompts(run, tmp_path):
+    text, jsonl = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("w3 w4 w5\n\nw9\n")
+    jsonl.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("w3 w4 w5", "w9")))
+    one_by_one = words(run("--prompts", text))
+    assert len(one_by_one) == 24
+    assert one_by_one[:12] == words(run("--prompt", "w3 w4 w5"))
+    assert words(run("--prompts", jsonl, "--batch_size", 2)) == one_by_one
+
+
+def test_chat(run):
+    """The second answer is what the base model says after all that was said."""
+    answers = words(run("--chat", stdin="w7 w8\nw9\n\n"))
+    assert len(answers) == 24
+    said = " ".join(["user w7 w8 assistant", *answers[:12], "user w9 assistant"])
+    assert words(run("--prompt", said)) == answers[12:]
+    assert words(run("--chat", "--stream", "--color", stdin="w7 w8\nw9")) == answers
+
+
+def test_what_does_not_go_together(models, run, capsys):
+    with pytest.raises(SystemExit):
+        run("--prompt", "w3", "--stream", "--batch_size", 2)
+    assert "--stream shows one text at a time" in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(models[1])
+    tokenizer.chat_template = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+        with pytest.raises(SystemExit, match="has no chat template"):
+            run("--chat")

@@ -1,0 +1,123 @@
+"""`cache_implementation="static"`: the step is one compiled function, and compiled once for what does not change."""
+
+import pytest
+import torch
+from drafters import Oracle
+from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
+from transformers import CompileConfig
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+
+
+# Traced as a whole, as on a GPU, but not turned into C++: that takes half a minute each.
+TRACED = CompileConfig(backend="eager", mode=None)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def speculator():
+    torch.manual_seed(0)
+    return MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=HIDDEN, inner_dim=16)).eval()
+
+
+def prompts(length=6, rows=2):
+    input_ids = torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(input_ids)
+    if rows > 1 and length > 2:
+        mask[1, :2] = 0
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def assert_same_text(model, drafter, inputs, compile_config=TRACED, **options):
+    """Sampled text is compared with that of the dynamic cache."""
+    options = {"do_sample": False, "max_new_tokens": 20} | options
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, **options, assistant_model=drafter if options["do_sample"] else None)
+    torch.manual_seed(0)
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    out = model.generate(**inputs, **options, **static, assistant_model=drafter, return_dict_in_generate=True)
+    assert out.sequences.tolist() == expected.tolist()
+    return out.speculation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_traced_as_a_whole(family, speculator):
+    model = tiny_model(family)
+    assert_same_text(model, speculator, prompts())
+
+
+def test_oracle(llama, monkeypatch):
+    """Its draft is Python, so only the plain loop of fixed shapes can run it."""
+    inputs = prompts()
+    text = llama.generate(**inputs, max_new_tokens=40, do_sample=False)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 40), value=1)
+    for options in ({}, {"repetition_penalty": 1.3}):
+        text = llama.generate(**inputs, max_new_tokens=40, do_sample=False, **options)
+        oracle = Oracle(llama, text, mask, p_right=0.7)
+        speculation = assert_same_text(llama, oracle, inputs, None, max_new_tokens=40, **options)
+        assert set(speculation.emitted_per_step) == {1, 2, 3, 4}
+
+
+OPTIONS = {
+    "sampling": {"do_sample": True},
+    "warped": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "min_p": 0.01, "eos_token_id": [3, 4, 5]},
+    "typical": {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "top_h": 0.8},
+    "ends": {"eos_token_id": list(range(12))},
+    "suppress": {"suppress_tokens": [5, 6], "renormalize_logits": True, "remove_invalid_values": True},
+    "walked": {"repetition_penalty": 1.4, "eos_token_id": [3]},
+    "walked samples": {"repetition_penalty": 1.4, "do_sample": True},
+    "hidden states": {"output_hidden_states": True},
+    "no candidates": {"n_candidates": 0},
+    "best nodes": {"n_tree_nodes": 7},
+    "one row": {"rows": 1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(llama, speculator, name):
+    options = dict(OPTIONS[name])
+    speculator.config.n_candidates = options.pop("n_candidates", 5)
+    speculator.config.n_tree_nodes = options.pop("n_tree_nodes", None)
+    assert_same_text(llama, speculator, prompts(rows=options.pop("rows", 2)), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "eos_token_id": 3}, {"repetition_penalty": 1.4}])
+def test_nothing_is_compiled_again(llama, speculator, options):
+    """For another text, prompt length, budget or seed, nor for dials and batches that were there before."""
+    for n_candidates in (0, 5):
+        for rows in (1, 2):
+            speculator.config.n_candidates = n_candidates
+            assert_same_text(llama, speculator, prompts(rows=rows), **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n_candidates, rows, length, budget in ((5, 1, 9, 30), (0, 2, 1, 3), (5, 2, 40, 9), (0, 1, 3, 60)):
+            speculator.config.n_candidates = n_candidates
+            assert_same_text(llama, speculator, prompts(length, rows), max_new_tokens=budget, **options)
+
+
+def test_views_grow(monkeypatch, speculator):
+    """As the text does, in powers of two, one compilation each."""
+    monkeypatch.setattr("modeling_speculator.static_decoding._LEAST_VIEW", 16)
+    model = tiny_model("mistral")
+    assert_same_text(model, speculator, prompts(), max_new_tokens=70)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same_text(model, speculator, prompts(), max_new_tokens=70)
+
+
+def test_a_large_cache_by_max_cache_len(llama, speculator):
+    assert_same_text(llama, speculator, prompts(), max_cache_len=1000)
+
+
+def test_compilation_can_be_disabled(llama, speculator, monkeypatch):
+    monkeypatch.setattr("modeling_speculator.static_decoding._compiled", None)
+    assert_same_text(llama, speculator, prompts(), disable_compile=True)
+    assert_same_text(llama, speculator, prompts(), compile_config=None)
+
+
+def test_compiled_to_machine_code(llama, speculator):
+    assert_same_text(llama, speculator, prompts(), CompileConfig())
