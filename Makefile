@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test lint bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -24,7 +24,11 @@ lint: install
 
 # BENCH="--base_model DIR --speculator DIR" measures yours; the default is a random model of 36 M parameters.
 bench: install
-	$(BIN)/python recipes/benchmark_step.py $(BENCH)
+	$(BIN)/python recipes/benchmark_step.py --compile $(BENCH)
+
+# Models of 7 B to 20 B parameters with random weights: a GPU of 80 GB or more, an hour; BENCH="--targets llama2-7b".
+bench-gpu: install
+	$(BIN)/python recipes/benchmark_gpu.py --output recipes/results/gpu.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) outputs

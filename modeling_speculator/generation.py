@@ -8,7 +8,8 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .checks import check_models, check_options, check_request
-from .decoding import Request, SpeculativeDecoder
+from .decoding import SpeculativeDecoder
+from .request import Request
 from .static_decoding import StaticDecoder
 from .statistics import SpeculationStatistics
 

@@ -1,30 +1,39 @@
-"""How fast the decoding loop is, and where the time of a step goes.
+"""How fast the decoding loop is, against what users would run instead, and where the time of a step goes.
 
 python recipes/benchmark_step.py                                        # a random Llama of 36 M parameters, bf16
-python recipes/benchmark_step.py --base_model DIR --speculator DIR --prompt "Once upon a time"
+python recipes/benchmark_step.py --base_model DIR --speculator DIR --prompt "Once upon a time" --compile
 
-Alternates transformers' own `generate`, the loop without candidates, and the loop with the speculator. A random
-speculator is never right: its row shows what speculation costs.
+Every row continues the same prompt; the runs alternate. A random speculator is never right: its rows show what
+speculation costs, not what it gains. --compile adds the static cache, each of whose rows compiles for a while first.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections import Counter
-from contextlib import contextmanager
-from functools import wraps
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CompileConfig, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.evaluation import generate_greedily, machine, speedup, time_in_turn, versions
+from modeling_speculator.decoding import max_nodes
+from modeling_speculator.evaluation import generate_greedily, machine, speedup, step_times, time_in_turn, versions
 
 
-COLUMNS = ("tokens_per_second", "speedup", "tokens_per_step", "step_ms", "draft_ms", "verify_ms", "rest_ms")
+COLUMNS = {
+    "tokens_per_second": "tokens/s",
+    "speedup": "x generate",
+    "over_static": "x static",
+    "first_call_seconds": "first call s",
+    "tokens_per_step": "tokens/step",
+    "step_ms": "step ms",
+    "draft_ms": "draft ms",
+    "verify_ms": "verify ms",
+    "overhead": "overhead",
+}
 
 
 def main() -> None:
@@ -34,37 +43,68 @@ def main() -> None:
     if load > 0.2:
         print(f"WARNING: {load:.1f} cores are busy with something else. Stop it: its share of the time is not known.")
     model, speculator, prompt = load_models(args)
-    n_candidates = speculator.config.n_candidates
     print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}, {model.device}")
 
-    def loop(n: int, **options):
-        speculator.config.n_candidates = n
-        return generate_greedily(model, prompt, args.max_new_tokens, assistant_model=speculator, **options)
+    def run(dials: dict | None, **options):
+        """One generation: plain, or with the speculator's dials set so."""
+        for dial, value in (dials or {}).items():
+            setattr(speculator.config, dial, value)
+        assistant = {} if dials is None else {"assistant_model": speculator}
+        return generate_greedily(model, prompt, args.max_new_tokens, **assistant, **options)
 
-    rates = time_in_turn(
-        {
-            "generate": lambda: generate_greedily(model, prompt, args.max_new_tokens).shape[1] - prompt.shape[1],
-            "n_candidates = 0": lambda: loop(0).shape[1] - prompt.shape[1],
-            f"n_candidates = {n_candidates}": lambda: loop(n_candidates).shape[1] - prompt.shape[1],
-        },
-        args.rounds,
-    )
-    print(f"\n{'':18}" + "".join(f"{column:>19}" for column in COLUMNS))
+    def n_tokens(dials: dict | None, options: dict) -> int:
+        return run(dials, **options).shape[1] - prompt.shape[1]
+
+    def speculation(dials: dict, options: dict):
+        return run(dials, **options, return_dict_in_generate=True).speculation
+
+    rows = methods(speculator.config, args.compile)
+    count = {name: partial(n_tokens, *row) for name, row in rows.items()}
+    first = {}
+    for name, generate in count.items():
+        start = time.perf_counter()
+        generate()
+        first[name] = time.perf_counter() - start
+    rates = time_in_turn(count, args.rounds)
+    print(f"\n{'':28}" + "".join(f"{column:>13}" for column in COLUMNS.values()))
     results = {}
-    for name, values in rates.items():
-        row = {"tokens_per_second": statistics.median(values), "speedup": speedup(rates, name, "generate")}
-        if name != "generate":
-            row |= step_times(model, speculator, loop, int(name.split()[-1]))
+    for name, (dials, options) in rows.items():
+        row = {"tokens_per_second": statistics.median(rates[name]), "speedup": speedup(rates, name, "generate")}
+        if "static" in name:
+            row |= {"over_static": speedup(rates, name, "static"), "first_call_seconds": first[name]}
+        if dials is not None:
+            row["tokens_per_step"] = speculation(dials, options).tokens_per_step
+            if "static" not in name:
+                row |= step_times(model, speculator, partial(speculation, dials, options))
         results[name] = row
-        print(f"{name:18}" + "".join(f"{row[column]:19.2f}" for column in COLUMNS if column in row))
-    speculator.config.n_candidates = n_candidates
-    print("Milliseconds of a step, the prefill not counted; verify is the forward of the base model.")
+        print(f"{name:28}" + "".join(f"{row[c]:13.2f}" if c in row else " " * 13 for c in COLUMNS))
+    print("The prefill is not in a step's milliseconds; overhead is a step over its draft and its verifying forward.")
     if args.output:
         arguments = {key: str(value) for key, value in vars(args).items()}
         report = {"arguments": arguments, "machine": machine() | {"busy_cores_before": round(load, 2)}}
         report |= {"versions": versions(), "results": results, "rates": rates}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def methods(config, with_static: bool) -> dict[str, tuple[dict | None, dict]]:
+    """{name: (the speculator's dials, None without it; options of generate)}."""
+    published = {"n_candidates": config.n_candidates, "n_tree_nodes": None}
+    best_nodes = published | {"n_tree_nodes": max_nodes(config) - 1}
+    rows = {
+        "generate": (None, {}),
+        "prompt lookup": (None, {"prompt_lookup_num_tokens": 5}),
+        "n_candidates = 0": (published | {"n_candidates": 0}, {}),
+        f"n_candidates = {config.n_candidates}": (published, {}),
+        f"n_tree_nodes = {best_nodes['n_tree_nodes']}": (best_nodes, {}),
+    }
+    if with_static:
+        compile_config = CompileConfig()
+        compile_config._compile_all_devices = True  # `generate` compiles on no CPU otherwise
+        static = {"cache_implementation": "static", "compile_config": compile_config}
+        rows["static"] = (None, static)
+        rows |= {f"static, {name}": (dials, static) for name, (dials, _) in rows.items() if dials is not None}
+    return rows
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,6 +115,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="the static cache, too")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     return parser.parse_args()
 
@@ -86,14 +127,8 @@ def load_models(args) -> tuple:
         model = AutoModelForCausalLM.from_pretrained(args.base_model)
         prompt = AutoTokenizer.from_pretrained(args.base_model)(args.prompt, return_tensors="pt").input_ids
     else:
-        config = LlamaConfig(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            eos_token_id=None,
-        )
+        sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536}
+        config = LlamaConfig(**sizes, num_hidden_layers=8, num_attention_heads=8, eos_token_id=None)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         prompt = torch.randint(config.vocab_size, (1, 64))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,48 +136,9 @@ def load_models(args) -> tuple:
         speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype)
     else:
         config = model.config.get_text_config()
-        speculator = MLPSpeculatorPreTrainedModel(
-            MLPSpeculatorConfig(vocab_size=config.vocab_size, emb_dim=config.hidden_size)
-        ).to(model.dtype)
+        config = MLPSpeculatorConfig(vocab_size=config.vocab_size, emb_dim=config.hidden_size)
+        speculator = MLPSpeculatorPreTrainedModel(config).to(model.dtype)
     return model.eval().to(device), speculator.eval().to(device), prompt.to(device)
-
-
-def step_times(model, speculator, loop, n_candidates: int) -> dict[str, float]:
-    """Milliseconds of a step, the median of five runs each: drafting, verifying, the rest."""
-    runs = []
-    for _ in range(5):
-        spent = Counter()
-        with timed(model, "forward", spent), timed(speculator, "generate_candidates", spent):
-            start = time.perf_counter()
-            statistics_ = loop(n_candidates, return_dict_in_generate=True).speculation
-            total = time.perf_counter() - start - spent["first forward"]
-        draft, verify = spent["generate_candidates"], spent["forward"]
-        scale = 1000 / max(1, statistics_.steps)
-        runs.append([scale * t for t in (total, draft, verify, total - draft - verify)])
-    medians = [statistics.median(column) for column in zip(*runs, strict=True)]
-    return dict(zip(COLUMNS[2:], [statistics_.tokens_per_step, *medians], strict=True))
-
-
-@contextmanager
-def timed(module, name: str, spent: Counter):
-    """Adds up the seconds in a method of a module; the first call, of the prefill, is kept apart."""
-    original = getattr(module, name)
-
-    @wraps(original)  # `generate` looks at the signature
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        result = original(*args, **kwargs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        key = "first forward" if name == "forward" and "first forward" not in spent else name
-        spent[key] += time.perf_counter() - start
-        return result
-
-    setattr(module, name, wrapper)
-    try:
-        yield
-    finally:
-        delattr(module, name)
 
 
 if __name__ == "__main__":

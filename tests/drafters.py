@@ -46,13 +46,16 @@ class Oracle:
         distance = (self.context_vectors - hidden_states).norm(dim=-1)
         follows = self.text[:, 1 : 1 + distance.shape[1]] == input_ids  # the context vector's token was drawn already
         place = distance.masked_fill(~follows, torch.inf).argmin(-1)  # (batch,)
-        truth = self.text.gather(1, place[:, None] + 2 + torch.arange(n_predict))
+        device = input_ids.device
+        truth = self.text.gather(1, place[:, None] + 2 + torch.arange(n_predict, device=device))
         # All branches are wrong from the first token on, and differ from one another ...
-        shift = 1 + torch.arange(n_candidates) % (self.vocab_size - 1)
+        shift = 1 + torch.arange(n_candidates, device=device) % (self.vocab_size - 1)
         candidates = (truth[:, None, :] + shift[:, None]) % self.vocab_size
         # ... but one, which is right up to the first token that it gets wrong.
-        right = torch.rand(batch, n_predict, generator=self.generator) < self.p_right
+        right = (torch.rand(batch, n_predict, generator=self.generator) < self.p_right).to(device)
         branch = torch.randint(n_candidates, (batch,), generator=self.generator)
-        candidates[torch.arange(batch), branch] = torch.where(right, truth, (truth + 1) % self.vocab_size)
+        candidates[torch.arange(batch, device=device), branch.to(device)] = torch.where(
+            right, truth, (truth + 1) % self.vocab_size
+        )
         self.right_branches += branch.tolist()
         return candidates
