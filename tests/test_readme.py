@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from tiny_models import VOCAB, tiny_model, word_tokenizer
+from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 
@@ -13,22 +13,27 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_ten_lines(tmp_path, capsys):
+def test_the_code_on_generation(tmp_path, capsys):
+    """All of it, one block after another, as a reader would paste it."""
     base_model, speculator = str(tmp_path / "base_model"), str(tmp_path / "speculator")
     tiny_model("llama").save_pretrained(base_model)
-    words = ["def", "quicksort(numbers):", *(f"word{n}" for n in range(2, VOCAB))]
-    word_tokenizer(words).save_pretrained(base_model)
+    character_tokenizer(eos_token="z").save_pretrained(base_model)
     torch.manual_seed(0)
     config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, base_model_name_or_path=base_model)
     MLPSpeculatorPreTrainedModel(config).save_pretrained(speculator)
 
-    (lines,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "generate(" in code]
+    blocks = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "model.generate(" in code]
+    assert len(blocks) == 6
     names = r'"meta-llama/[^"]*", "ibm-ai-platform/[^"]*"'
-    assert re.search(names, lines)
-    exec(re.sub(names, repr((base_model, speculator)), lines), {})
-    text, statistics = capsys.readouterr().out.strip().rsplit("\n", 1)
-    assert text.startswith("def quicksort(numbers): word")
-    assert "steps=" in statistics
+    assert re.search(names, blocks[0])
+    variables = {}
+    exec(re.sub(names, repr((base_model, speculator)), blocks[0]), variables)
+    assert "steps=" in capsys.readouterr().out
+    for block in blocks[1:]:
+        exec(block, variables)
+    plain = variables["model"].generate(**variables["inputs"], max_new_tokens=40, do_sample=False)
+    assert variables["out"].tolist() == plain.tolist()
+    assert variables["cache"].get_seq_length() == variables["text"].shape[1] - 1
 
 
 def test_every_file_of_the_tree_is_there():

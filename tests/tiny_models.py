@@ -129,10 +129,10 @@ def word_tokenizer(words: list[str], **special_tokens: str) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of VOCAB single characters, letters and digits among them."""
+def character_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of VOCAB single characters, letters and digits among them; any other is a full stop."""
     characters = (string.ascii_letters + string.digits + ".,")[:VOCAB]
     tokenizer = Tokenizer(WordLevel({c: n for n, c in enumerate(characters)}, unk_token="."))
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
     tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special_tokens)
