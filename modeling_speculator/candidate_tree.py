@@ -51,29 +51,29 @@ class CandidateTree:
             max_nodes: nodes of the result, padding included; 1 + n_candidates * depth is always enough.
         """
         batch, n_candidates, depth = candidates.shape
+        device = root.device
+        tokens = candidates.transpose(1, 2).contiguous()  # (batch, depth, n_candidates): all that follows is by level
         # A candidate's node at a level is owned by the first candidate that has the same tokens up to there.
-        same_token = candidates[:, :, None] == candidates[:, None]  # (batch, n_candidates, n_candidates, depth)
-        owner = same_token.cumprod(-1).argmax(2)  # (batch, n_candidates, depth)
-        owner = owner.transpose(1, 2).flatten(1)  # (batch, depth * n_candidates), level by level
-        me = torch.arange(n_candidates, device=root.device).repeat(depth)
-        number = (owner == me).cumsum(1)  # nodes counted from 1: the root is 0
-        level = torch.arange(depth, device=root.device).repeat_interleave(n_candidates)
-        node = number.gather(1, owner + level * n_candidates)  # (batch, depth * n_candidates)
+        same_token = tokens[:, :, :, None] == tokens[:, :, None]  # (batch, depth, n_candidates, n_candidates)
+        owner = same_token.cumprod(1).argmax(-1)  # (batch, depth, n_candidates)
+        me = torch.arange(n_candidates, device=device)
+        level = torch.arange(depth, device=device)[:, None]
+        number = (owner == me).flatten(1).cumsum(1)  # nodes counted from 1: the root is 0
+        node = number.gather(1, (owner + level * n_candidates).flatten(1))  # (batch, depth * n_candidates)
+        paths = F.pad(node, (n_candidates, 0))  # with the root, one level more
 
         # Several candidates write the same node, with the same values.
-        zeros = root.new_zeros(batch, max_nodes)
-        input_ids = zeros.scatter(1, node, candidates.transpose(1, 2).flatten(1))
+        parent = paths[:, : depth * n_candidates]
+        values = torch.stack([tokens.flatten(1), parent, (level + 1).expand_as(owner).flatten(1), owner.flatten(1)], 1)
+        columns = root.new_zeros(batch, 4, max_nodes).scatter_(2, node[:, None].expand_as(values), values)
+        input_ids, parents, depths, path_of = columns.unbind(1)
         input_ids[:, :1] = root
-        depths = zeros.scatter(1, node, (level + 1).expand(batch, -1))
-        node_before = F.pad(node, (n_candidates, 0))  # (batch, (depth + 1) * n_candidates), all candidates' root first
-        parents = zeros.scatter(1, node, node_before[:, : depth * n_candidates])
-        paths = node_before.view(batch, depth + 1, n_candidates).transpose(1, 2)
-        on_path = torch.zeros(batch, n_candidates, max_nodes, dtype=torch.bool, device=root.device)
-        on_path.scatter_(2, paths, True)
-        path_of = zeros.scatter(1, node, owner)  # (batch, max_nodes), a candidate that passes through the node
+        on_path = torch.zeros(batch, n_candidates, max_nodes, dtype=torch.bool, device=device)
+        on_path.scatter_(2, paths.view(batch, depth + 1, n_candidates).transpose(1, 2), True)
+        # A node's ancestors are those on the path of a candidate through it that are no deeper.
         ancestors = on_path.gather(1, path_of[:, :, None].expand(-1, -1, max_nodes))
-        ancestors = ancestors & (depths[:, None] <= depths[:, :, None])
-        ancestors = ancestors | torch.eye(max_nodes, dtype=torch.bool, device=root.device)  # padding sees itself
+        ancestors &= depths[:, None] <= depths[:, :, None]
+        ancestors |= torch.eye(max_nodes, dtype=torch.bool, device=device)  # padding sees itself
         return cls(input_ids, parents, depths, ancestors, number[:, -1] + 1, max_depth=depth)
 
     @classmethod
