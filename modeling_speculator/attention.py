@@ -1,5 +1,7 @@
 """Attention of a few nodes over a long cache, for the length of one `generate` call."""
 
+import threading
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -58,15 +60,25 @@ def uses_sdpa(model) -> bool:
     return model.config.get_text_config(decoder=True)._attn_implementation in ("sdpa", TREE_ATTENTION)
 
 
+_lock = threading.Lock()
+_users = Counter()  # of each config, by id: calls that are decoding with it
+
+
 @contextmanager
 def tree_attention(model):
-    """Lets a model that uses sdpa use `tree_attention_forward` inside the `with` block."""
+    """Lets a model that uses sdpa use `tree_attention_forward` inside the `with` block, in all threads."""
     if not uses_sdpa(model):
         yield
         return
     config = model.config.get_text_config(decoder=True)
-    config._attn_implementation = TREE_ATTENTION
+    with _lock:
+        _users[id(config)] += 1
+        config._attn_implementation = TREE_ATTENTION
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        with _lock:
+            _users[id(config)] -= 1
+            if _users[id(config)] == 0:  # the last one puts it back
+                del _users[id(config)]
+                config._attn_implementation = "sdpa"

@@ -4,6 +4,7 @@ A rotated key or a learned position carries its position with it, so the order o
 nodes therefore leave holes that the next step writes into, and nothing is ever moved: a step costs no copy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,14 @@ class SpeculativeLayer(CacheLayerMixin):
     Args:
         slots: shared by all layers.
         past: the layer of an earlier call's cache to go on from; it is copied.
+        storage: keys and values of an earlier call, which nobody uses any more.
     """
 
     is_sliding = False  # a window is a matter of the mask: what it hides stays stored
 
-    def __init__(self, slots: Slots, past: CacheLayerMixin | None = None):
+    def __init__(self, slots: Slots, past: CacheLayerMixin | None = None, storage: tuple = (None, None)):
         super().__init__()
+        self.storage = storage
         self.slots = slots  # not the cache: a cycle would keep the memory until Python collects it
         self.length = 0  # tokens written before the first step
         if past is not None and past.is_initialized:
@@ -52,12 +55,16 @@ class SpeculativeLayer(CacheLayerMixin):
             self.values[:, :, self.length - stored : self.length] = past.values[:, :, :stored]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def allocate(like: torch.Tensor) -> torch.Tensor:
+        def allocate(like: torch.Tensor, storage: torch.Tensor | None) -> torch.Tensor:
             # Zeros: attention multiplies the values of unused slots by 0, and memory as it comes may hold NaN.
-            return like.new_zeros(*like.shape[:2], self.slots.capacity, like.shape[-1])
+            shape = (*like.shape[:2], self.slots.capacity, like.shape[-1])
+            if storage is None or (storage.shape, storage.dtype, storage.device) != (shape, like.dtype, like.device):
+                return like.new_zeros(shape)
+            return storage.zero_()
 
-        self.keys, self.values = allocate(key_states), allocate(value_states)
-        self.is_initialized = True
+        keys, values = self.storage
+        self.keys, self.values = allocate(key_states, keys), allocate(value_states, values)
+        self.storage, self.is_initialized = (None, None), True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -107,17 +114,29 @@ class SpeculativeCache(Cache):
         capacity: slots per row: prompt, tokens to generate and the nodes of one tree.
         windows: the masks that the base model expects, from `attention_windows`.
         past: the cache of an earlier call.
+        storage: keys and values of each layer of an earlier call, which nobody uses any more; or none.
     """
 
     context_vectors: torch.Tensor
 
-    def __init__(self, n_layers: int, capacity: int, windows: dict[str | None, int | None], past: Cache | None = None):
+    def __init__(
+        self,
+        n_layers: int,
+        capacity: int,
+        windows: dict[str | None, int | None],
+        past: Cache | None = None,
+        storage: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ):
         self.slots = Slots(capacity)
         self.windows = windows
         layers = [] if past is None else past.layers  # of an empty `DynamicCache()` there are none
         super().__init__(
             layers=[
-                SpeculativeLayer(self.slots, layers[index] if index < len(layers) else None)
+                SpeculativeLayer(
+                    self.slots,
+                    layers[index] if index < len(layers) else None,
+                    storage[index] if index < len(storage) else (None, None),
+                )
                 for index in range(n_layers)
             ]
         )
@@ -185,7 +204,7 @@ class SpeculativeCache(Cache):
         """
         if len(self.along) == 1:  # roots only: their slots follow one another
             self.columns.scatter_(1, self.free, torch.where(n_kept[:, None] > 0, root_column, -1))
-            self.free += n_kept[:, None]
+            self.free.add_(n_kept[:, None])
             return
         # Beyond the kept ones the last of them is written again, so that every write to a place is the same.
         along = torch.minimum(self.along[: nodes.shape[1]], (n_kept[:, None] - 1).clamp(min=0))
@@ -194,12 +213,14 @@ class SpeculativeCache(Cache):
         kept = n_kept[:, None] > 0
         self.columns.scatter_(1, slots, torch.where(kept, root_column + along, -1))
         self.free.scatter_(1, nodes, torch.where(kept, self.frontier + along, slots))
-        self.frontier += n_kept[:, None]
+        self.frontier.add_(n_kept[:, None])
 
-    def copy_to(self, cache: Cache, length: int) -> Cache:
+    def copy_to(self, cache: Cache, length: int, release: bool) -> Cache:
         """Fills a cache of transformers with the keys and values of the first `length` columns, in their order.
 
-        Rows must have all of them.
+        Args:
+            length: rows must have all of these columns.
+            release: whether to free each layer once it is copied, so that memory never holds both caches.
         """
         columns = torch.where(self.columns < self.prompt_length, length, self.columns).clamp(max=length)
         slots = self.columns.new_zeros(len(columns), length + 1)  # one too many, for slots that are not wanted
@@ -210,5 +231,7 @@ class SpeculativeCache(Cache):
         for index, layer in enumerate(self.layers):
             rows, ordered = self.slots.rows.to(layer.keys.device), slots.to(layer.keys.device)
             keys, values = layer.keys[rows, :, ordered], layer.values[rows, :, ordered]
+            if release:
+                layer.keys = layer.values = None
             cache.update(keys.transpose(1, 2), values.transpose(1, 2), index)
         return cache

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMode
 
 from .attention import uses_sdpa
 from .configuration_mlp_speculator import MLPSpeculatorConfig
-from .families import LEARNED_POSITIONS, SUPPORTED_MODEL_TYPES, attention_windows
+from .families import LEARNED_POSITIONS, MULTIMODAL, SUPPORTED_MODEL_TYPES, attention_windows
 
 
 # What may reach the forward of the base model besides the tokens.
@@ -36,8 +36,12 @@ def check_models(model, speculator) -> None:
             f"Speculation is not supported for {name} (model type {config.model_type!r}), only for "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}. Generate without `assistant_model`."
         )
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
+    if model.config.model_type not in (config.model_type, *MULTIMODAL):
+        raise ValueError(
+            f"Speculation is not supported for {name} (model type {model.config.model_type!r}), a model around one "
+            f"that is, only for {', '.join(MULTIMODAL)}. Generate without `assistant_model`."
+        )
+    for rope_type in {"dynamic", "longrope"} & rope_types(config):
         raise ValueError(
             f"{name} has `rope_type={rope_type!r}`, whose angles depend on the longest position in a forward, drafted "
             "ones included: the output would differ. Generate without `assistant_model`."
@@ -69,6 +73,13 @@ def check_models(model, speculator) -> None:
         raise ValueError(
             f"The speculator is on {device} and {name} on {home}. Move it with `speculator.to({str(home)!r})`."
         )
+
+
+def rope_types(config) -> set[str]:
+    """The kinds of rotary positions of a model, which may differ between types of layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {part.get("rope_type", "default") for part in [parameters, *nested]}
 
 
 def main_device(model) -> torch.device:
@@ -165,6 +176,11 @@ def check_cache(cache: Cache, request) -> None:
     if batch > 1 and mask is not None and not mask.all():
         raise ValueError(
             "`past_key_values` can be passed for a batch only if no row is padded. Pass the rows one by one."
+        )
+    if batch > 1 and request.synced_gpus:
+        raise ValueError(
+            "`past_key_values` of a batch can't be handed back under `synced_gpus`: rows that end apart need a "
+            "forward of this process alone. Pass the rows one by one."
         )
     rows = {layer.keys.shape[0] for layer in cache.layers if layer.is_initialized}
     if rows - {batch}:

@@ -1,6 +1,7 @@
 """The decoding loop: prefill, then draft, verify, accept, until every sequence has ended."""
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
@@ -17,6 +18,14 @@ from .verification import accept_drawn, cut_at_end
 from .walk import Walk, treats_rows_apart
 
 
+class StepRecord(NamedTuple):
+    """n_candidates: what was drafted; n_nodes, n_emitted: of each row, nodes verified and tokens emitted."""
+
+    n_candidates: int
+    n_nodes: list[int]
+    n_emitted: list[int]
+
+
 class SpeculativeDecoder:
     """One `generate` call.
 
@@ -25,6 +34,7 @@ class SpeculativeDecoder:
     """
 
     may_be_dense = True  # whether attention looks at no slot that is not in use
+    keeps_storage = False  # whether the memory of the cache is used by the next call
 
     def __init__(self, model, speculator, request: Request):
         self.model, self.speculator, self.request = model, speculator, request
@@ -35,8 +45,8 @@ class SpeculativeDecoder:
         self.max_nodes = max_nodes(config)
         adapts = request.is_adaptive and self.n_candidates > 0
         self.policy = AdaptiveSpeculation(_choices(config)) if adapts else None
-        # For the statistics, an entry per step (of a list: per row), and for the output.
-        self.chosen, self.emitted, self.drafted, self.hidden_states = [], [], [], []
+        self.steps: list[StepRecord] = []
+        self.hidden_states = []  # if they are to be returned
 
     def run(self) -> None:
         """Decodes; the text is in `sequences`, of `lengths` columns each."""
@@ -44,9 +54,7 @@ class SpeculativeDecoder:
         handle = model.get_decoder().register_forward_hook(_hand_context_vectors_to_cache)
         try:
             self.prefill()
-            # A tenth less time per step than `no_grad` where the host is the limit; but what a user's code is given,
-            # or gets to keep, must be ordinary tensors.
-            mode = torch.inference_mode() if self.is_self_contained else nullcontext()
+            mode = torch.inference_mode() if self.allows_inference_mode else nullcontext()
             masked = nullcontext() if self.cache.dense else tree_attention(model)
             with masked, model._optimize_model_for_decode(), mode:
                 self.decode()
@@ -55,15 +63,20 @@ class SpeculativeDecoder:
         if request.streamer is not None:
             request.streamer.end()
 
+    def retire(self) -> None:
+        """Ends the use of the decoder's memory, once the output has been built from it."""
+
     def prefill(self) -> None:
         """Runs the prompt the model's own way, into our cache, and emits the first token."""
         model, request = self.model, self.request
-        input_ids = request.input_ids.to(self.device)
+        input_ids = request.input_ids.to(self.device).long()
         batch, length = input_ids.shape
         config = model.config.get_text_config(decoder=True)
         windows = attention_windows(config)
         capacity = self.capacity()
-        self.cache = SpeculativeCache(config.num_hidden_layers, capacity, windows, request.past_key_values)
+        self.cache = SpeculativeCache(
+            config.num_hidden_layers, capacity, windows, request.past_key_values, self.reusable_storage()
+        )
         model_kwargs = request.model_kwargs | {"past_key_values": self.cache}
         outputs = model._prefill(input_ids, request.generation_config, model_kwargs)
         mask = request.model_kwargs.get("attention_mask")
@@ -75,32 +88,48 @@ class SpeculativeDecoder:
 
         self.prompt_length = length
         self.in_cache_only = request.context_length - length
+        self.to_root_column = torch.full((1, 1), self.in_cache_only - 1, device=self.device)  # from a text's length
         self.lengths = torch.full((batch, 1), length, device=self.device)  # columns of text, padding included
         self.from_length = request.last_positions.to(self.device) - length  # of a text to its last token's position
         self.last_position = self.from_length + length + request.budget - 1  # the last token is never run
         self.budget = torch.full((batch,), request.budget, device=self.device)
-        self.eos_token_ids = request.eos_token_ids
+        self.eos_token_ids = None if request.eos_token_ids is None else request.eos_token_ids.to(self.device)
         # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
         self.sequences = input_ids.new_zeros(batch, capacity + self.n_predict + 1)
         self.sequences[:, :length] = input_ids
         self.along = torch.arange(self.n_predict + 1, device=self.device)
-        self.prepare_draws()
+        self.root = self.sequences.new_zeros(batch, 1)
+        context_vectors = self.cache.context_vectors[:, -1:]
+        self.context_vector = context_vectors.to(self.device).clone(memory_format=torch.contiguous_format)
+        self.settle()
 
+        self.prepare_draws()
+        self.drawable = None  # (batch, depth + 1), whether each emitted token could be sampled
+        self.bare_root = CandidateTree.root_only(self.root)  # which holds `root` itself, and so whatever it becomes
         if request.returns("hidden_states"):
             self.hidden_states.append(outputs.hidden_states)
-        self.drawable = None  # (batch, depth + 1), whether each emitted token could be sampled
-        self.root = self.sequences.new_zeros(batch, 1)
-        self.bare_root = CandidateTree.root_only(self.root)
-        context_vectors = self.cache.context_vectors[:, -1:]
-        self.context_vector = torch.empty_like(
-            context_vectors, device=self.device, memory_format=torch.contiguous_format
-        )
         self.emit(self.bare_root, outputs.logits[:, -1:], context_vectors)
+
+    def reusable_storage(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer that an earlier call has left for this one: none."""
+        return []
+
+    def settle(self) -> None:
+        """Moves the state to where it is to stay: it is there already."""
 
     @property
     def is_self_contained(self) -> bool:
         """Whether a step is a function of our tensors alone: no Python of others, nothing that is kept of it."""
         return self.walk is None and not self.request.returns("hidden_states")
+
+    @property
+    def allows_inference_mode(self) -> bool:
+        """Whether a step may run so, in a tenth less time than in `no_grad` where the host is the limit.
+
+        What a user's code is given, gets to keep, or may keep in the base model to train on, must be ordinary tensors.
+        """
+        request = self.request
+        return self.is_self_contained and not (request.streamer or request.synced_gpus or self.model.training)
 
     def capacity(self) -> int:
         """Slots of the cache: the text but its last token, and the nodes of one tree."""
@@ -118,7 +147,8 @@ class SpeculativeDecoder:
         )
         streams_rows = request.streamer is not None and batch > 1  # it is given a token of every row at a time
         if not at_once or streams_rows or any(record.values()):
-            together = streams_rows or not treats_rows_apart(processors, criteria)
+            # Without a draft no row is ever ahead of the others, and one call serves all.
+            together = streams_rows or self.max_nodes == 1 or not treats_rows_apart(processors, criteria)
             self.walk = Walk(
                 processors,
                 criteria,
@@ -136,10 +166,12 @@ class SpeculativeDecoder:
         tree = self.draft()
         self.read(self.report(tree))
         while self.goes_on():
-            self.step(tree.trim(max(self.drafted[-1])), self.longest - 1 + self.in_cache_only + self.max_nodes)
+            n_candidates, n_nodes = self.n_candidates, self.n_nodes
+            self.step(tree.trim(max(n_nodes)), self.longest - 1 + self.in_cache_only + self.max_nodes)
             self.choose()
             tree = self.draft()
             self.read(self.report(tree))
+            self.record(n_candidates, n_nodes)
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""
@@ -149,15 +181,14 @@ class SpeculativeDecoder:
         """Decides how many candidates are drafted next."""
         if self.policy is not None:
             self.n_candidates = self.policy.choose()
-        self.chosen.append(self.n_candidates)
 
     def draft(self) -> CandidateTree:
         """Drafts after each row's last token, and merges the candidates into one tree per row."""
         if self.n_candidates == 0:
             return self.bare_root
         if self.n_tree_nodes is not None:
-            tokens, parents, depths = self.speculator.generate_tree(self.context_vector, self.root)
-            return CandidateTree.from_parents(self.root, tokens, parents, depths, self.n_predict)
+            drafted = self.speculator.generate_tree(self.context_vector, self.root, self.n_tree_nodes)
+            return CandidateTree.from_parents(self.root, *drafted, max_depth=self.n_predict)
         dial = {} if self.policy is None else {"n_candidates": self.n_candidates}
         candidates = self.speculator.generate_candidates(self.context_vector, self.root, **dial)
         batch, n_candidates, depth = candidates.shape
@@ -170,7 +201,7 @@ class SpeculativeDecoder:
 
     def step(self, tree: CandidateTree, in_use: int) -> None:
         """Verifies a tree, emits what is accepted, and keeps its keys and values."""
-        root_column = self.lengths + (self.in_cache_only - 1)
+        root_column = self.lengths + self.to_root_column
         outputs = self.verify(tree, root_column, in_use)
         self.accept(tree, root_column, outputs)
 
@@ -213,7 +244,7 @@ class SpeculativeDecoder:
         if tree.max_depth > 0:
             last = (n_tokens - 1).clamp(min=0)  # 0 tokens: the row has ended, and what it drafts is not used
             tokens, nodes = tokens.gather(1, last), nodes.gather(1, last)
-        self.lengths += n_tokens
+        self.lengths.add_(n_tokens)
         self.budget.copy_(budget)
         self.root.copy_(tokens)
         if self.max_nodes > 1:
@@ -232,24 +263,28 @@ class SpeculativeDecoder:
     def read(self, report: torch.Tensor) -> None:
         """The one time in a step that the host waits for the device."""
         numbers, batch = report.tolist(), len(self.sequences)
-        budget, lengths, emitted, n_nodes, *rest = (numbers[i : i + batch] for i in range(0, len(numbers), batch))
+        budget, lengths, self.n_emitted, self.n_nodes, *rest = (
+            numbers[i : i + batch] for i in range(0, len(numbers), batch)
+        )
         if self.drawable is not None:
             check_drawable(all(rest.pop(0)))
         self.unfinished, self.longest = any(budget), max(lengths)
-        self.emitted.append(emitted)
-        self.drafted.append(n_nodes)
-        if self.policy is not None and len(self.emitted) > 1:  # the prefill was no step
-            rows = batch - emitted.count(0)
-            self.policy.record(self.chosen[len(self.emitted) - 2], sum(emitted) / max(1, rows))
         if self.request.streamer is not None:
-            for tokens in rest[: max(emitted)]:
+            for tokens in rest[: max(self.n_emitted)]:
                 self.request.streamer.put(torch.tensor(tokens))
+
+    def record(self, n_candidates: int, n_nodes: list[int]) -> None:
+        """Notes a step that has been read, and what was drafted for it."""
+        self.steps.append(StepRecord(n_candidates, n_nodes, self.n_emitted))
+        if self.policy is not None:
+            rows = sum(n > 0 for n in self.n_emitted)
+            self.policy.record(n_candidates, sum(self.n_emitted) / max(1, rows))
 
     def text(self) -> torch.Tensor:
         """(batch, longest), padded where rows have ended before."""
         sequences = self.sequences[:, : self.longest]
         past_end = torch.arange(self.longest, device=sequences.device) >= self.lengths
-        return sequences.masked_fill(past_end, self.request.pad_token_id)
+        return sequences.masked_fill(past_end, self.request.pad_token_id).to(self.request.input_ids.device)
 
 
 def max_nodes(config) -> int:

@@ -21,6 +21,10 @@ ONE_MASK = (  # every layer attends to all tokens before
 ONE_WINDOWED_MASK = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")  # every layer, if there is a window
 MASK_PER_LAYER_TYPE = ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "qwen2", "qwen2_moe", "qwen3", "smollm3")
 
+# Models around one of these whose text is decoded as the text model alone decodes it. (PaliGemma's is not: its
+# positions start at 1.)
+MULTIMODAL = ("gemma3", "llava")
+
 SUPPORTED_MODEL_TYPES = ONE_MASK + ONE_WINDOWED_MASK + MASK_PER_LAYER_TYPE
 
 # Those with a table of positions, which ends.

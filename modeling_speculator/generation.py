@@ -80,7 +80,9 @@ class SpeculativeGenerationMixin(GenerationMixin):
         check_request(self, request)
         decoder = (StaticDecoder if request.is_static else SpeculativeDecoder)(self, assistant_model, request)
         decoder.run()
-        return output(decoder)
+        output = build_output(decoder)
+        decoder.retire()
+        return output
 
 
 _HOOKED = ("_validate_generation_mode", "_assisted_decoding")
@@ -112,7 +114,7 @@ def is_speculator(assistant_model) -> bool:
     return getattr(config, "model_type", None) in SPECULATOR_MODEL_TYPES
 
 
-def output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Tensor:
+def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Tensor:
     """What `generate` returns, and the caller's cache filled."""
     request = decoder.request
     sequences = decoder.text()
@@ -131,9 +133,9 @@ def output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Ten
         hidden_states=collect_hidden_states(decoder) if request.returns("hidden_states") else None,
         past_key_values=cache,
         speculation=SpeculationStatistics.from_counts(
-            emitted=torch.tensor(decoder.emitted[1:]).view(-1, len(sequences)),  # the prefill's is not counted
-            n_nodes=torch.tensor(decoder.drafted[:-1]).view(-1, len(sequences)),  # nor a tree that nobody verified
-            n_candidates=decoder.chosen[: len(decoder.emitted) - 1],
+            emitted=torch.tensor([step.n_emitted for step in decoder.steps]).view(-1, len(sequences)),
+            n_nodes=torch.tensor([step.n_nodes for step in decoder.steps]).view(-1, len(sequences)),
+            n_candidates=[step.n_candidates for step in decoder.steps],
             n_predict=decoder.n_predict,
         ),
     )
@@ -143,12 +145,15 @@ def fill_cache(decoder: SpeculativeDecoder, sequences: torch.Tensor, cache):
     """Fills a cache of transformers with all tokens but the last, as plain decoding leaves it."""
     offset = decoder.in_cache_only - 1
     shortest = int(decoder.lengths.min())
-    decoder.cache.copy_to(cache, shortest + offset)
+    decoder.cache.copy_to(cache, shortest + offset, release=not decoder.keeps_storage)
     if shortest < decoder.longest:  # plain decoding goes on with padding where a row has ended
         columns = torch.arange(shortest - 1, decoder.longest - 1, device=sequences.device)
-        position_ids = decoder.from_length + columns + 1
+        position_ids = decoder.from_length + columns.to(decoder.device) + 1
         decoder.model(
-            input_ids=sequences[:, columns], position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=sequences[:, columns].to(decoder.device),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
         )
     return cache
 
@@ -158,7 +163,7 @@ def collect_hidden_states(decoder: SpeculativeDecoder) -> tuple[tuple[torch.Tens
     prompt, *steps = decoder.hidden_states
     if not steps:
         return (prompt,)
-    n_tokens = torch.tensor(decoder.emitted[1:])  # (steps, batch)
+    n_tokens = torch.tensor([step.n_emitted for step in decoder.steps])  # (steps, batch)
     along = [torch.arange(step[0].shape[1]) < n[:, None] for step, n in zip(steps, n_tokens, strict=True)]
     emitted = torch.cat(along, dim=1)  # (batch, steps * (depth + 1))
     longest = int(emitted.sum(-1).max())

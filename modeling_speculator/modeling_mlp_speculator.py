@@ -223,9 +223,9 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def generate_tree(
-        self, hidden_states: torch.Tensor, input_ids: torch.Tensor
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor, n_tree_nodes: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Drafts the `config.n_tree_nodes` most probable nodes of the tree that `top_k_tokens_per_head` spans.
+        """Drafts the `n_tree_nodes` most probable nodes of the tree that `top_k_tokens_per_head` spans.
 
         At equal numbers of nodes they hold more probability than the paths to the most probable leaves, which
         `generate_candidates` drafts. (EAGLE-2, arXiv 2406.16858, section 4, ranks its nodes the same way.)
@@ -233,20 +233,22 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         Args:
             hidden_states: (batch, 1, emb_dim), context vector of each sequence.
             input_ids: (batch, 1), the token that the base model drew from it.
+            n_tree_nodes: defaults to the config's.
 
         Returns:
             Tokens, parents and depths, (batch, n_tree_nodes), level by level. Parents are numbered as nodes of the
             tree: 0 is `input_ids`, 1 the first that is returned here.
         """
-        n_nodes, batch = self.config.n_tree_nodes, len(input_ids)
+        n_nodes, batch = n_tree_nodes or self.config.n_tree_nodes, len(input_ids)
         state = self.speculator.first_state(hidden_states)
         token, log_prob = input_ids, hidden_states.new_zeros(batch, 1, dtype=torch.float32)
         levels = []  # of each: tokens, log-probs, parents and depths, (batch, width)
         first, width = 0, 1  # node and width of the level before; the root is node 0
         for head, k in enumerate(self.config.top_k_tokens_per_head):
             state, best, tokens = self.speculator.best_children(head, state, token, k)
-            # At most 0: rounding must not make a child more probable than its parent.
-            log_prob = (log_prob[:, :, None] + best.clamp(max=0)).flatten(1)  # (batch, width * k)
+            # At most 0: rounding must not make a child more probable than its parent, nor must NaN.
+            best = torch.where(best <= 0, best, torch.where(best > 0, 0.0, -torch.inf))
+            log_prob = (log_prob[:, :, None] + best).flatten(1)  # (batch, width * k)
             # What is not among the best of its level is not among the best of all.
             log_prob, kept = log_prob.topk(min(n_nodes, log_prob.shape[1]))
             parent = kept // k  # within the level before

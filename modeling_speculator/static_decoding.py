@@ -1,58 +1,131 @@
 """The decoding loop with steps of fixed shapes, which are compiled: `cache_implementation="static"`."""
 
-import functools
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import Unsupported
 from transformers import CompileConfig
+from transformers.utils import logging
 
 from .candidate_tree import CandidateTree
 from .decoding import SpeculativeDecoder
 
 
-# The least number of slots that attention looks at. Views of the cache come in powers of two, so that a large one
-# costs nothing while the text is short; each costs a compilation. Below this, looking at less saves nothing.
+logger = logging.get_logger(__name__)
+
+# The least number of slots that attention looks at. Views of the cache come in few sizes, so that a large one costs
+# nothing while the text is short; each costs a compilation. Below this, looking at less saves nothing.
 _LEAST_VIEW = 256
+# The tensors that steps write to or read again and again: in a CUDA graph they must stay where they are.
+_STATE = ("lengths", "from_length", "last_position", "to_root_column", "budget", "sequences", "root", "context_vector")
+_STATE += ("along",)
+_CACHE_STATE = ("columns", "free", "frontier", "along", "attend", "ignore")
+
+
+@dataclass
+class Workspace:
+    """The memory of a finished call, for the next one: a CUDA graph is tied to the addresses it was recorded with."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+_DEVICES_WITH_GRAPHS = ("cuda",)
+# Of each model the last one, and no more: it holds a cache. A call takes it out, so that no other can.
+_workspaces: WeakKeyDictionary = WeakKeyDictionary()
+_compiled_functions: dict = {}
 
 
 class StaticDecoder(SpeculativeDecoder):
-    """A `SpeculativeDecoder` whose trees are padded to their bound, and whose cache is looked at in powers of two.
+    """A `SpeculativeDecoder` whose trees are padded to their bound, and whose cache is looked at in steps of size.
 
     On CUDA, and elsewhere where the caller passes a `compile_config`, drafting, verifying, accepting and keeping are
     one compiled function. Where something else is to be done with the logits, it ends with them.
     """
 
     may_be_dense = False
+    allows_inference_mode = False  # a compiled step gains nothing by it
+
+    def run(self) -> None:
+        self.compile_config = self.choose_compile_config()
+        self.keeps_storage = self.compile_config is not None and self.device.type in _DEVICES_WITH_GRAPHS
+        self.workspace = (_workspaces.pop(self.model, None) if self.keeps_storage else None) or Workspace()
+        super().run()
+
+    def retire(self) -> None:
+        if self.keeps_storage:
+            self.workspace.layers = [(layer.keys, layer.values) for layer in self.cache.layers]
+            _workspaces[self.model] = self.workspace
 
     def capacity(self) -> int:
-        """A power of two, for the least number of compiled functions, or the caller's `max_cache_len` if more."""
-        return max(_power_of_two(super().capacity()), self.request.generation_config.max_cache_len or 0)
+        """Rounded up, for few compilations, and no less than the caller's `max_cache_len`."""
+        return max(_view(super().capacity()), self.request.generation_config.max_cache_len or 0)
+
+    def reusable_storage(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self.workspace.layers
+
+    def settle(self) -> None:
+        if not self.keeps_storage:
+            return
+        for layer in self.cache.layers:
+            torch._dynamo.mark_static_address(layer.keys)
+            torch._dynamo.mark_static_address(layer.values)
+        owners = [(self, name) for name in _STATE] + [(self.cache, name) for name in _CACHE_STATE]
+        for owner, name in [*owners, (self.cache.slots, "rows")]:
+            key, value = f"{type(owner).__name__}.{name}", getattr(owner, name)
+            kept = self.workspace.tensors.get(key)
+            if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+                torch._dynamo.mark_static_address(value)
+                self.workspace.tensors[key] = value
+            else:
+                setattr(owner, name, kept.copy_(value))
 
     def decode(self) -> None:
         self.read(self.report(self.bare_root))
-        step = _step if self.is_self_contained else _propose
-        compile_config = self.compile_config()
-        if compile_config is not None:
-            step = _compiled(step, compile_config.backend, compile_config.mode, _hashable(compile_config.options))
+        function = _step if self.is_self_contained else _propose
+        step = function if self.compile_config is None else _compiled(function, self.compile_config)
         # One compiled function for each size of the view, batch, model and dial: far below what is no longer sensible.
         with dynamo_config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
             while self.goes_on():
                 self.choose()
-                in_use = self.longest - 1 + self.in_cache_only + self.max_nodes
-                view = min(_power_of_two(in_use), self.cache.slots.capacity)
-                if self.is_self_contained:
-                    report = step(self, view)
-                else:
-                    tree, root_column, outputs = step(self, view)
+                view = _view(self.longest - 1 + self.in_cache_only + self.max_nodes)
+                view = min(view, self.cache.slots.capacity)
+                if self.keeps_storage:
+                    torch.compiler.cudagraph_mark_step_begin()
+                try:
+                    outcome = step(self, view)
+                except Unsupported as error:  # before anything has run
+                    logger.warning(
+                        f"The step can't be compiled for {type(self.model).__name__}, and runs uncompiled: {error}"
+                    )
+                    step = function
+                    outcome = step(self, view)
+                if not self.is_self_contained:
+                    tree, root_column, outputs = outcome
                     self.accept(tree, root_column, outputs)
-                    report = self.report(tree)
-                self.read(report)
+                    outcome = self.report(tree)
+                self.read(outcome)
+                self.record(self.n_candidates, self.n_nodes)
 
-    def compile_config(self) -> CompileConfig | None:
-        """How to compile, None for not at all: as `generate` decides it without a speculator."""
-        given = self.request.generation_config.compile_config
-        wanted = self.device.type == "cuda" or given is not None
-        if not wanted or self.request.generation_config.disable_compile:
+    def choose_compile_config(self) -> CompileConfig | None:
+        """How to compile, None for not at all. As without a speculator: on CUDA, or where it is asked for.
+
+        Of the caller's `compile_config`, backend, mode and options count: a step is always compiled as a whole, for
+        its shapes.
+        """
+        given, model = self.request.generation_config.compile_config, self.model
+        if self.request.generation_config.disable_compile or (self.device.type != "cuda" and given is None):
+            return None
+        quantizer = getattr(model, "hf_quantizer", None)
+        obstacles = {
+            "its quantization can't be compiled": quantizer is not None and not quantizer.is_compileable,
+            "it is spread over devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+            "its weights are sharded": self.request.synced_gpus,
+        }
+        for reason in (reason for reason, is_so in obstacles.items() if is_so):
+            logger.warning_once(f"The step of {type(model).__name__} is not compiled, because {reason}.")
             return None
         return given or CompileConfig()
 
@@ -67,19 +140,22 @@ def _step(decoder: StaticDecoder, view: int) -> torch.Tensor:
 def _propose(decoder: StaticDecoder, view: int) -> tuple[CandidateTree, torch.Tensor, object]:
     """Draft and verify."""
     tree = decoder.draft()
-    root_column = decoder.lengths + (decoder.in_cache_only - 1)
+    root_column = decoder.lengths + decoder.to_root_column
     return tree, root_column, decoder.verify(tree, root_column, view)
 
 
-@functools.cache
-def _compiled(function, backend, mode: str | None, options: tuple | None):
-    options = None if options is None else dict(options)
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, mode=mode, options=options)
+def _compiled(function, config: CompileConfig):
+    key = function, config.backend, config.mode, repr(config.options)
+    if key not in _compiled_functions:
+        how = {"backend": config.backend, "mode": config.mode, "options": config.options}
+        _compiled_functions[key] = torch.compile(function, fullgraph=True, dynamic=False, **how)
+    return _compiled_functions[key]
 
 
-def _hashable(options: dict | None) -> tuple | None:
-    return None if options is None else tuple(sorted(options.items()))
-
-
-def _power_of_two(number: int) -> int:
-    return max(_LEAST_VIEW, 1 << (number - 1).bit_length())
+def _view(slots: int) -> int:
+    """The next power of two, or above 1024 the next quarter between two of them: a large cache is bandwidth."""
+    power = 1 << (slots - 1).bit_length()
+    if power <= 1024:
+        return max(_LEAST_VIEW, power)
+    quarter = power // 8
+    return -(-slots // quarter) * quarter

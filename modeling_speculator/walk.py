@@ -139,8 +139,9 @@ class Walk:
             # In float32, as `generate` does, and a copy: processors may write into it.
             raw = logits[torch.arange(len(node), device=node.device), node].to(torch.float32, copy=True)
             scores = raw.clone() if self.record_logits else raw
+            so_far = text[:, : group.length].contiguous()  # what is plain decoding's own tensor
             for processor in group.processors:
-                scores = processor(text[:, : group.length], scores)
+                scores = processor(so_far, scores)
             token = self.draw.of_rows(scores, group.rows, group.length)
             token = torch.where(emits, token, self.pad_token_id)
             text[:, group.length] = verified.tokens[:, depth] = token
@@ -152,7 +153,7 @@ class Walk:
             if self.record_scores:
                 group.scores.append(scores)
             recorded = tuple(group.scores) if self.record_scores else None
-            group.unfinished = group.unfinished & ~self.criteria(text[:, : group.length], recorded)
+            group.unfinished = group.unfinished & ~self.criteria(text[:, : group.length].contiguous(), recorded)
             node, is_child = tree.child(node, token)
             emits = self._goes_on(group)
             if not bool(emits.any() & (is_child | ~emits).all()):

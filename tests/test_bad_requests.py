@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from drafters import Oracle
-from tiny_models import HIDDEN, VOCAB, tiny_model
+from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -13,6 +13,8 @@ from transformers import (
     FalconConfig,
     LlamaConfig,
     MambaConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2Config,
     StaticCache,
     T5Config,
@@ -133,10 +135,22 @@ def test_layers_of_another_kind():
     refuses(AutoModelForCausalLM.from_config(config).eval(), "Layers of type chunked_attention")
 
 
+def test_a_model_around_a_supported_one():
+    """PaliGemma counts the positions of its text from 1."""
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": HIDDEN}
+    text = {"model_type": "gemma", **TINY, "num_key_value_heads": 1, "head_dim": 16}
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=63, projection_dim=HIDDEN)
+    refuses(PaliGemmaForConditionalGeneration(config).eval(), "PaliGemma.*a model around one that is, only for gemma3")
+
+
 def test_positions_that_depend_on_the_draft():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, rope_parameters=rope)).eval()
     refuses(model, "rope_type='dynamic'")
+    config = copy.deepcopy(FAMILIES["gemma3_text"])  # one kind for each type of layer
+    config.rope_parameters["full_attention"] = rope
+    refuses(AutoModelForCausalLM.from_config(config).eval(), "rope_type='dynamic'")
 
 
 def test_encoder_decoder():

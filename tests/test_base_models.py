@@ -10,7 +10,14 @@ from accelerate import cpu_offload, dispatch_model
 from drafters import Oracle
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 
@@ -103,6 +110,20 @@ def test_text_of_a_multimodal_model():
     image = torch.zeros(1, 3, vision.image_size, vision.image_size)
     with pytest.raises(ValueError, match="mm_encoder_outputs"):
         model.generate(input_ids=prompt(), pixel_values=image, **OPTIONS, assistant_model=Oracle(model, prompt()))
+
+
+def test_text_of_gemma3_with_its_vision_tower():
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=FAMILIES["gemma3_text"], vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    expected = model.generate(input_ids=prompt(2), **OPTIONS)
+    oracle = Oracle(model, expected, p_right=0.7)
+    assert model.generate(input_ids=prompt(2), **OPTIONS, assistant_model=oracle).tolist() == expected.tolist()
 
 
 DISTRIBUTED = """

@@ -108,4 +108,4 @@ def test_cache_reuses_rejected_slots(llama):
         cache.keep(torch.tensor([[0, 1, 2, 3]]), n_kept=torch.tensor([1]), root_column=column)
         text = torch.cat([text, root], dim=-1)
         torch.testing.assert_close(logits[0, 0], llama(text).logits[0, -1], atol=2e-5, rtol=1e-4)
-    assert cache.copy_to(DynamicCache(), 5 + steps).get_seq_length() == 5 + steps
+    assert cache.copy_to(DynamicCache(), 5 + steps, release=True).get_seq_length() == 5 + steps

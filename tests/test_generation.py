@@ -91,6 +91,22 @@ def test_every_accepted_length_on_every_branch(family, attn_implementation):
     assert set(oracle.right_branches) == set(range(5))
 
 
+@pytest.mark.parametrize("dials", [{}, {"n_tree_nodes": 6}, {"n_tree_nodes": 30}])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_speculator(llama, dials, broken):
+    for head in range(3):
+        speculator = random_speculator(**dials)
+        with torch.no_grad():
+            speculator.speculator.head[head].weight[7] = broken
+        assert_same_text(llama, prompt(6), speculator, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("n_tree_nodes", [1, 4, 15, 50])
+def test_trees_of_the_best_nodes(llama, n_tree_nodes):
+    out = assert_same_text(llama, prompt(6), random_speculator(n_tree_nodes=n_tree_nodes), max_new_tokens=40)
+    assert out.speculation.drafted_tokens == out.speculation.steps * n_tree_nodes
+
+
 def test_trained_speculator(llama, tmp_path):
     """On the text that it was trained on it is right most of the time, and never changes a token."""
     text = generate(llama, prompt(5), max_new_tokens=60).sequences
@@ -263,6 +279,7 @@ def test_text_generation_pipeline(llama):
 
 def test_base_model_is_left_as_it_was(llama):
     before = copy.deepcopy(llama.state_dict())
+    hooks = [dict(module._forward_hooks) for module in llama.modules()]
     implementation = llama.config._attn_implementation
     with pytest.raises(RuntimeError, match="boom"):
 
@@ -273,7 +290,8 @@ def test_base_model_is_left_as_it_was(llama):
         generate(llama, prompt(6), Broken(llama, prompt(6)))
     generate(llama, prompt(6), random_speculator())
     assert llama.config._attn_implementation == implementation
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+    assert [dict(module._forward_hooks) for module in llama.modules()] == hooks
+    assert not any(module._forward_pre_hooks for module in llama.modules())
     assert all(torch.equal(value, before[key]) for key, value in llama.state_dict().items())
     assert not any(parameter.is_inference() for parameter in llama.parameters())
 

@@ -208,11 +208,12 @@ def test_a_string_that_ends_inside_an_accepted_run(llama):
 
 class Streamed(BaseStreamer):
     def __init__(self):
-        self.parts, self.ended = [], False
+        self.parts, self.ended, self.inference = [], False, False
 
     def put(self, value):
         assert not self.ended
         self.parts.append(value.tolist())
+        self.inference |= value.is_inference()
 
     def end(self):
         self.ended = True
@@ -230,6 +231,7 @@ def test_streamer(llama, rows, options):
     assert out.tolist() == text.tolist()
     assert streamed.parts == expected.parts
     assert streamed.ended
+    assert not streamed.inference
 
 
 def test_streamed_text_is_the_final_text(llama, capsys):
@@ -294,6 +296,27 @@ def test_prompt_as_embeddings(llama):
         out = llama.generate(**given, max_new_tokens=24, do_sample=False, assistant_model=oracle)
         assert out.tolist() == plain.tolist()
         assert out[:, -24:].tolist() == expected[:, -24:].tolist()
+
+
+def test_what_a_processor_is_given_is_contiguous(llama):
+    """As from plain decoding, where many take a `view` of it."""
+
+    def favour(input_ids, scores):
+        scores[:, input_ids.view(-1)[-1] % VOCAB] += 1
+        return scores
+
+    inputs, options = prompts(), {"max_new_tokens": 20, "do_sample": False, "logits_processor": [favour]}
+    expected = llama.generate(**inputs, **options)
+    out = llama.generate(**inputs, **options, assistant_model=oracle_for(llama, inputs, expected))
+    assert out.tolist() == expected.tolist()
+
+
+def test_tokens_of_another_dtype(llama):
+    inputs, options = prompts(), {"max_new_tokens": 20, "do_sample": False}
+    expected = llama.generate(**inputs, **options)
+    oracle = oracle_for(llama, inputs, expected)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    assert llama.generate(**inputs, **options, assistant_model=oracle).tolist() == expected.tolist()
 
 
 def test_positions_of_the_callers_own(llama):

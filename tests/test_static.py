@@ -1,12 +1,17 @@
 """`cache_implementation="static"`: the step is one compiled function, and compiled once for what does not change."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
+from accelerate import dispatch_model
 from drafters import Oracle
 from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
 from transformers import CompileConfig
 
-from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, static_decoding
 
 
 # Traced as a whole, as on a GPU, but not turned into C++: that takes half a minute each.
@@ -107,6 +112,96 @@ def test_views_grow(monkeypatch, speculator):
     assert_same_text(model, speculator, prompts(), max_new_tokens=70)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same_text(model, speculator, prompts(), max_new_tokens=70)
+
+
+def test_statistics_are_those_of_the_dynamic_cache(llama, speculator):
+    inputs = prompts()
+    options = {"do_sample": False, "return_dict_in_generate": True, "assistant_model": speculator}
+    for n_tokens in (1, 2, 3, 9):
+        dynamic = llama.generate(**inputs, **options, max_new_tokens=n_tokens).speculation
+        static = llama.generate(
+            **inputs, **options, max_new_tokens=n_tokens, cache_implementation="static"
+        ).speculation
+        assert static == dynamic
+
+
+def test_memory_that_graphs_are_tied_to_is_used_again(llama, speculator, monkeypatch):
+    """As on a GPU: the next call finds its tensors where the last one had them."""
+    monkeypatch.setattr(static_decoding, "_DEVICES_WITH_GRAPHS", ("cpu",))
+    monkeypatch.setattr(static_decoding, "_workspaces", WeakKeyDictionary())
+
+    def addresses():
+        workspace = static_decoding._workspaces[llama]
+        return [t.data_ptr() for layer in workspace.layers for t in layer] + [
+            t.data_ptr() for t in workspace.tensors.values()
+        ]
+
+    assert_same_text(llama, speculator, prompts())
+    first = addresses()
+    for length, options in ((9, {}), (3, {"do_sample": True}), (6, {"repetition_penalty": 1.3}), (40, {})):
+        assert_same_text(llama, speculator, prompts(length), **options)
+        assert addresses() == first
+    out = llama.generate(  # what is handed out is not what the next call writes into
+        **prompts(),
+        cache_implementation="static",
+        compile_config=TRACED,
+        assistant_model=speculator,
+        do_sample=False,
+        max_new_tokens=20,
+        return_dict_in_generate=True,
+    )
+    text, keys = out.sequences.clone(), out.past_key_values.layers[0].keys.clone()
+    assert_same_text(llama, speculator, prompts(9))
+    assert torch.equal(out.sequences, text)
+    assert torch.equal(out.past_key_values.layers[0].keys, keys)
+    assert_same_text(llama, speculator, prompts(rows=1))  # another shape, other tensors
+    assert addresses() != first
+    workspace = static_decoding._workspaces[llama]
+    tensors = [t for layer in workspace.layers for t in layer] + list(workspace.tensors.values())
+    assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in tensors)
+
+
+def test_two_threads(llama, speculator, monkeypatch):
+    monkeypatch.setattr(static_decoding, "_DEVICES_WITH_GRAPHS", ("cpu",))
+    options = {"do_sample": False, "max_new_tokens": 60, "assistant_model": speculator}
+    expected = [llama.generate(**prompts(length), **options).tolist() for length in (4, 7, 9)]
+    static = {"cache_implementation": "static", "compile_config": TRACED}
+    assert llama.generate(**prompts(4), **options, **static).tolist() == expected[0]
+
+    def run(index):
+        return [llama.generate(**prompts((4, 7, 9)[index]), **options, **static).tolist() for _ in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for index, texts in enumerate(pool.map(run, range(3))):
+            assert texts == 3 * [expected[index]]
+
+
+def test_a_model_that_cannot_be_compiled(speculator, tmp_path, caplog):
+    """Runs all the same, and says so."""
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(lambda *args: torch._dynamo.graph_break())
+    assert_same_text(model, speculator, prompts())
+    assert "can't be compiled for LlamaForCausalLM, and runs uncompiled" in caplog.text
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    devices |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(tiny_model("llama"), devices, main_device="cpu", offload_dir=str(tmp_path))
+    assert_same_text(model, speculator, prompts())
+    assert "not compiled, because it is spread over devices" in caplog.text
+
+
+def test_only_new_tokens_and_embeddings_are_not_compiled_again(llama, speculator):
+    """What is in the cache only, and not in the text, is no constant of the step."""
+
+    def generate(length, drafter, **static):
+        embeds = llama.get_input_embeddings()(prompts(length, 1)["input_ids"])
+        options = {"do_sample": False, "max_new_tokens": 12, "assistant_model": drafter}
+        return llama.generate(inputs_embeds=embeds, **options, **static).tolist()
+
+    static = {"cache_implementation": "static", "compile_config": TRACED}
+    assert generate(5, speculator, **static) == generate(5, None)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert generate(8, speculator, **static) == generate(8, None)
 
 
 def test_a_large_cache_by_max_cache_len(llama, speculator):
