@@ -129,7 +129,8 @@ class SpeculativeDecoder:
         What a user's code is given, gets to keep, or may keep in the base model to train on, must be ordinary tensors.
         """
         request = self.request
-        return self.is_self_contained and not (request.streamer or request.synced_gpus or self.model.training)
+        given_to_others = request.streamer is not None or request.synced_gpus or self.model.training
+        return self.is_self_contained and not given_to_others
 
     def capacity(self) -> int:
         """Slots of the cache: the text but its last token, and the nodes of one tree."""
