@@ -1,0 +1,73 @@
+"""The benchmark scripts run and write what they say; how fast anything is, no test asserts."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import HIDDEN, VOCAB, tiny_model, word_tokenizer
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def run_(script, *args):
+        output = tmp_path / "results.json"
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args), "--output", str(output)])
+        runpy.run_path(str(RECIPES / script), run_name="__main__")
+        return json.loads(output.read_text())
+
+    threads = torch.get_num_threads()
+    yield run_
+    torch.set_num_threads(threads)
+
+
+def test_benchmark_step(run, tmp_path):
+    base_model, speculator = tmp_path / "base_model", tmp_path / "speculator"
+    tiny_model("llama").save_pretrained(base_model)
+    word_tokenizer([f"w{n}" for n in range(VOCAB)]).save_pretrained(base_model)
+    MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=HIDDEN)).save_pretrained(speculator)
+    models = ["--base_model", base_model, "--speculator", speculator, "--prompt", "w3 w4"]
+    report = run("benchmark_step.py", *models, "--max_new_tokens", 9, "--rounds", 1)
+    names = ["generate", "prompt lookup", "n_candidates = 0", "n_candidates = 5", "n_tree_nodes = 15"]
+    assert list(report["results"]) == names
+    for name in names[2:]:
+        row = report["results"][name]
+        assert row["tokens_per_step"] >= 1
+        assert row["step_ms"] == pytest.approx(row["overhead"] * (row["draft_ms"] + row["verify_ms"]))
+        assert (row["draft_ms"] > 0) == (name != "n_candidates = 0")
+    assert report["machine"]["date"] and report["versions"]["torch"]
+
+
+def test_benchmark_gpu(run):
+    """Its cells and its floor, on a CPU and a tiny model."""
+    sizes = ["--batch_sizes", 1, 2, "--contexts", 8, "--rounds", 1, "--steps", 2]
+    report = run("benchmark_gpu.py", "--device", "cpu", "--targets", "tiny", *sizes)
+    assert [(row["batch_size"], row["context"]) for row in report["rows"]] == [(1, 8), (2, 8)]
+    row = report["rows"][0]
+    # 2 layers of 4 * 64 * 64 attention and 3 * 64 * 96 MLP weights, 5 norms, the LM head; keys and values of 11 tokens.
+    n_bytes = 2 * (2 * (4 * 64 * 64 + 3 * 64 * 96) + 5 * 64 + 64 * 32000 + 2 * 2 * 64 * 11)
+    assert row["loop_floor_ms"] == pytest.approx(n_bytes / (report["copy_gb_per_second"] * 1e6))
+    # 3 heads: projection, LM head and norm; the embeddings are looked up.
+    n_bytes += 2 * 3 * (64 * 64 + 64 * 32000 + 2 * 64)
+    assert row["speculative_floor_ms"] == pytest.approx(n_bytes / (report["copy_gb_per_second"] * 1e6))
+    assert report["kernels"]["tiny"]
+
+
+def test_the_shapes_of_the_targets():
+    """Parameters of the published models: Llama-2-7B, Llama-2-13B, Granite-20B-code."""
+    script = runpy.run_path(str(RECIPES / "benchmark_gpu.py"))
+    with torch.device("meta"):
+        sizes = {
+            name: script["AutoModelForCausalLM"].from_config(config).num_parameters() / 1e9
+            for name, (config, _) in script["TARGETS"].items()
+        }
+    assert sizes["llama2-7b"] == pytest.approx(6.74, abs=0.01)
+    assert sizes["llama2-13b"] == pytest.approx(13.02, abs=0.01)
+    assert sizes["granite-20b"] == pytest.approx(20.1, abs=0.1)
