@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 
 
-# Steps of a trial, the first of which is not counted: it may compile, and its draft was of the choice before.
-_TRIAL = 4
-# Steps between two trials of what was not the best so far: acceptance changes with the text, cost with the load.
-_PERIOD = 40
+# Steps of a trial, the first and the last of which are not counted.
+_TRIAL = 5
+# Steps between two trials of what was not the best so far: few at first, twice as many each time that the best is the
+# same as before. Not too many, because acceptance changes with the text, and cost with the load.
+_FIRST_PERIOD, _LAST_PERIOD = 8, 64
 # A step that took so many times the longest counted one says nothing of what is usual.
 _OUTLIER = 10
 # How much a step weighs against the one before it: a measure of the last twenty or so.
@@ -31,6 +32,7 @@ class AdaptiveSpeculation:
         self.untried = sorted(choices, reverse=True)  # the most ambitious first
         self.least_recent = list(self.untried)  # the choices in the order of their last trial
         self.current, self.steps_left, self.on_trial = None, 0, True
+        self.best, self.period = None, _FIRST_PERIOD
 
     def choose(self) -> int:
         """How many candidates the next step shall have."""
@@ -39,7 +41,9 @@ class AdaptiveSpeculation:
             if self.untried:
                 self.try_out(self.untried.pop(0))
             elif self.on_trial or len(self.seconds) == 1:
-                self.current, self.steps_left, self.on_trial = best, _PERIOD, False
+                self.period = min(2 * self.period, _LAST_PERIOD) if best == self.best else _FIRST_PERIOD
+                self.current = self.best = best
+                self.steps_left, self.on_trial = self.period, False
             else:
                 self.try_out(next(choice for choice in self.least_recent if choice != best))
         self.steps_left -= 1
@@ -55,14 +59,14 @@ class AdaptiveSpeculation:
         return self.tokens[choice] / max(self.seconds[choice], 1e-9)
 
     def record(self, choice: int, tokens_per_row: float) -> None:
-        """Counts a step that has just ended, if it was like the one before it.
+        """Counts a step that has just ended, if it was like its neighbours.
 
-        Not one with another choice before it, whose draft may be a part of its time, nor one that took far longer
-        than any: it waited for a compilation, or for another program.
+        Not one with another choice before or after it: the draft of one of the two is in its time. Nor one that took
+        far longer than any: it waited for a compilation, or for another program.
         """
         now, last = self.clock(), self.last
         self.last = choice, now
-        if last is None or last[0] != choice:
+        if last is None or last[0] != choice or self.current != choice:
             return
         seconds = now - last[1]
         if self.longest is not None and seconds > _OUTLIER * self.longest:

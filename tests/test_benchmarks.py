@@ -51,7 +51,7 @@ def test_benchmark_gpu(run):
     report = run("benchmark_gpu.py", "--device", "cpu", "--targets", "tiny", *sizes)
     assert [(row["batch_size"], row["context"]) for row in report["rows"]] == [(1, 8), (2, 8)]
     row = report["rows"][0]
-    # 2 layers of 4 * 64 * 64 attention and 3 * 64 * 96 MLP weights, 5 norms, the LM head; keys and values of 11 tokens.
+    # 2 layers of 4 * 64 * 64 attention and 3 * 64 * 96 MLP weights, 5 norms, the LM head; 11 keys and values of each.
     n_bytes = 2 * (2 * (4 * 64 * 64 + 3 * 64 * 96) + 5 * 64 + 64 * 32000 + 2 * 2 * 64 * 11)
     assert row["loop_floor_ms"] == pytest.approx(n_bytes / (report["copy_gb_per_second"] * 1e6))
     # 3 heads: projection, LM head and norm; the embeddings are looked up.
