@@ -12,6 +12,8 @@ from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .families import LEARNED_POSITIONS, MULTIMODAL, SUPPORTED_MODEL_TYPES, attention_windows
 
 
+# Families whose config does not say that they have ALiBi positions.
+_ALIBI = ("bloom", "mpt")
 # What may reach the forward of the base model besides the tokens.
 _KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -32,8 +34,13 @@ def check_models(model, speculator) -> None:
             f"{name} is an encoder-decoder; speculators draft for decoder-only models. Drop `assistant_model`."
         )
     if config.model_type not in SUPPORTED_MODEL_TYPES:
+        reason = ""
+        if model._is_stateful:
+            reason = ": it has a recurrent state, from which a rejected token can't be taken back"
+        elif config.model_type in _ALIBI or getattr(config, "alibi", False):
+            reason = ": it has ALiBi positions, which go by the order of keys in the cache"
         raise ValueError(
-            f"Speculation is not supported for {name} (model type {config.model_type!r}), only for "
+            f"Speculation is not supported for {name} (model type {config.model_type!r}){reason}. It is for "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}. Generate without `assistant_model`."
         )
     if model.config.model_type not in (config.model_type, *MULTIMODAL):
@@ -122,6 +129,10 @@ def check_options(generation_mode, generation_config: GenerationConfig) -> None:
         # Keys lie in the order in which they were drafted, rejected ones among them.
         "output_attentions=True": generation_config.output_attentions,
         "token_healing=True": generation_config.token_healing,
+        "dola_layers": generation_config.dola_layers is not None,
+        # Drafters of their own: `generate` would take one and drop the other.
+        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": generation_config.assistant_early_exit is not None,
     }
     _refuse(name for name, given in not_supported.items() if given)
 

@@ -11,6 +11,7 @@ from transformers import (
     BloomConfig,
     DynamicCache,
     FalconConfig,
+    GPTJConfig,
     LlamaConfig,
     MambaConfig,
     PaliGemmaConfig,
@@ -69,6 +70,10 @@ def static_cache(model, length):
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"token_healing": True}, "token_healing"),
+        ({"dola_layers": "low"}, "dola_layers"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit"),
+        ({"force_words_ids": [[3]], "num_beams": 2}, "(?i)constrained beam search"),
         ({"token_type_ids": torch.zeros(1, 4, dtype=torch.long)}, "token_type_ids"),
         ({"position_ids": torch.zeros(3, 1, 4, dtype=torch.long)}, "`position_ids` must have the shape"),
         ({"attention_mask": torch.tensor([[0, 1, 1]])}, r"`attention_mask` has shape \(1, 3\).*have \(1, 4\)"),
@@ -118,16 +123,20 @@ def test_attention_without_tree_masks(llama, attn_implementation):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "reason"),
     [
-        BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=2),
-        FalconConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, alibi=True),
-        MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1),
+        (BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=1, n_head=2), "ALiBi"),
+        (
+            FalconConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, alibi=True),
+            "ALiBi",
+        ),
+        (MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1), "recurrent"),
+        (GPTJConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=2, rotary_dim=4), ""),
     ],
 )
-def test_families_that_are_not_supported(config):
+def test_families_that_are_not_supported(config, reason):
     model = AutoModelForCausalLM.from_config(config).eval()
-    refuses(model, f"not supported for {type(model).__name__}.*llama.*Generate without")
+    refuses(model, f"not supported for {type(model).__name__}.*{reason}.*llama.*Generate without")
 
 
 def test_layers_of_another_kind():
