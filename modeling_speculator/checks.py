@@ -164,6 +164,8 @@ def check_request(model, request) -> None:
             + (f" and the cache {cached} tokens more" if cached else "")
             + ". Give it an entry for every token, those in the cache included."
         )
+    if request.context_length == 0:
+        raise ValueError("The prompt is empty. Pass at least one token, such as the beginning-of-sequence token.")
     if request.context_length <= cached:
         raise ValueError(
             f"`past_key_values` holds {cached} tokens already, all of the {request.context_length} that were given. "

@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from transformers import CompileConfig
 from transformers.utils import logging
 
@@ -33,6 +33,8 @@ class Workspace:
 
 
 _DEVICES_WITH_GRAPHS = ("cuda",)
+# One compilation for each size of the view, batch, model, dial and setting of the processors: more than dynamo's 8.
+_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 # Of each model the last one, and no more: it holds a cache. A call takes it out, so that no other can.
 _workspaces: WeakKeyDictionary = WeakKeyDictionary()
 _compiled_functions: dict = {}
@@ -55,7 +57,8 @@ class StaticDecoder(SpeculativeDecoder):
         super().run()
 
     def retire(self) -> None:
-        if self.keeps_storage:
+        # What was made in inference mode can't be written to outside of it.
+        if self.keeps_storage and not torch.is_inference_mode_enabled():
             self.workspace.layers = [(layer.keys, layer.values) for layer in self.cache.layers]
             _workspaces[self.model] = self.workspace
 
@@ -76,7 +79,7 @@ class StaticDecoder(SpeculativeDecoder):
         for owner, name in [*owners, (self.cache.slots, "rows")]:
             key, value = f"{type(owner).__name__}.{name}", getattr(owner, name)
             kept = self.workspace.tensors.get(key)
-            if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+            if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):
                 torch._dynamo.mark_static_address(value)
                 self.workspace.tensors[key] = value
             else:
@@ -86,8 +89,7 @@ class StaticDecoder(SpeculativeDecoder):
         self.read(self.report(self.bare_root))
         function = _step if self.is_self_contained else _propose
         step = function if self.compile_config is None else _compiled(function, self.compile_config)
-        # One compiled function for each size of the view, batch, model and dial: far below what is no longer sensible.
-        with dynamo_config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        with dynamo_config.patch(**_LIMITS):
             while self.goes_on():
                 self.choose()
                 view = _view(self.longest - 1 + self.in_cache_only + self.max_nodes)
@@ -96,7 +98,7 @@ class StaticDecoder(SpeculativeDecoder):
                     torch.compiler.cudagraph_mark_step_begin()
                 try:
                     outcome = step(self, view)
-                except Unsupported as error:  # before anything has run
+                except (Unsupported, FailOnRecompileLimitHit) as error:  # before anything has run
                     logger.warning(
                         f"The step can't be compiled for {type(self.model).__name__}, and runs uncompiled: {error}"
                     )

@@ -13,7 +13,7 @@ class SpeculationStatistics:
     Attributes:
         emitted_per_step: tokens that each verifying forward emitted, row after row, each counted until it ended. The
             prefill's token is not counted, nor what an end of sequence or of budget cut.
-        candidates_per_step: sequences drafted for each of these forwards; adaptive speculation varies it.
+        candidates_per_step: `n_candidates` at each of these forwards; adaptive speculation varies it.
         drafted_tokens: nodes verified, roots and padding not counted.
         n_predict: tokens that a draft can hold.
         per_sequence: the same, one per row of the batch; empty for a row.

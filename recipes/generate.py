@@ -3,8 +3,7 @@
 python recipes/generate.py --base_model X --speculator Y --prompt "def quicksort(numbers):" --stream --color
 python recipes/generate.py --base_model X --speculator Y --prompts prompts.jsonl --batch_size 4
 python recipes/generate.py --base_model X --speculator Y --chat          # an empty line ends it
-
---color changes the colour with every step: what has one colour was verified in one forward of the base model.
+--color streams, and changes the colour with every step: what has one colour came from one forward of the base model.
 """
 
 import argparse
@@ -34,19 +33,26 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto").eval().to(device)
     speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
-    for dial in DIALS:
-        if getattr(args, dial) is not None:
-            setattr(speculator.config, dial, getattr(args, dial))
+    speculator.config.update({dial: value for dial in DIALS if (value := getattr(args, dial)) is not None})
     if args.chat:
         return chat(args, model, tokenizer, speculator)
-    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt]
-    prompts = [json.loads(line)["prompt"] if args.is_jsonl else line for line in lines if line.strip()]
+    prompts = args.prompts or [args.prompt]
     for at in range(0, len(prompts), args.batch_size):
         batch = tokenizer(prompts[at : at + args.batch_size], return_tensors="pt", padding=True).to(device)
-        out, _ = generate(args, model, tokenizer, speculator, **batch)
+        out = generate(args, model, tokenizer, speculator, **batch)
         if not args.stream:
-            for row, statistics in zip(out.sequences, out.speculation.per_sequence, strict=True):
-                show(args, model, tokenizer, row[batch.input_ids.shape[1] :], statistics)
+            new = out.sequences[:, batch.input_ids.shape[1] :]
+            print(*tokenizer.batch_decode(new, skip_special_tokens=True), sep="\n")
+
+
+def read_prompts(path: str) -> list[str]:
+    try:
+        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("it is empty")
+        return [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"no prompts in {path}: {error!r}") from error
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,7 +61,7 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(model, required=True, help="folder or Hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
-    what.add_argument("--prompts", type=Path, help="a prompt a line, or jsonl with `prompt`")
+    what.add_argument("--prompts", type=read_prompts, help="a prompt a line, or jsonl with `prompt`")
     what.add_argument("--chat", action="store_true", help="a conversation, with the base model's chat template")
     parser.add_argument("--stream", action="store_true", help="show tokens as they come")
     parser.add_argument("--color", action="store_true", help="another colour for every step")
@@ -65,9 +71,9 @@ def parse_args() -> argparse.Namespace:
     for dial in DIALS:
         parser.add_argument(f"--{dial}", type=int, help="instead of the speculator's own")
     args = parser.parse_args()
-    args.is_jsonl = args.prompts is not None and args.prompts.suffix == ".jsonl"
-    if args.stream and args.batch_size > 1:
-        parser.error("--stream shows one text at a time: drop --batch_size")
+    args.stream |= args.color
+    if args.batch_size < 1 or (args.stream and args.batch_size > 1):
+        parser.error("--stream and --color show one text at a time; --batch_size is at least 1")
     return args
 
 
@@ -85,18 +91,7 @@ def generate(args, model, tokenizer, speculator, **inputs):
     )
     n_tokens = out.speculation.tokens + len(out.sequences)  # those of the prefill, too
     print(f"[{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second; {out.speculation}]")
-    return out, n_tokens
-
-
-def show(args, model, tokenizer, tokens: torch.Tensor, statistics) -> None:
-    """Prints a continuation, as it would have been streamed."""
-    streamer = StepStreamer(tokenizer, model, args.color)
-    streamer.put(tokens[:0])
-    of_step = ([step] * n for step, n in enumerate([1, *statistics.emitted_per_step]))  # 1: the prefill's
-    for step, token in zip(itertools.chain(*of_step), tokens, strict=False):
-        streamer.forwards = step
-        streamer.put(token[None])
-    streamer.end()
+    return out
 
 
 class StepStreamer(BaseStreamer):
@@ -117,11 +112,15 @@ class StepStreamer(BaseStreamer):
         self.tokens += value.tolist()
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # the middle of a character
-            color, end = (COLORS[self.forwards % 2], PLAIN) if self.color else ("", "")
-            print(color + text[len(self.shown) :] + end, end="", flush=True)
-            self.shown = text
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        color, end = (COLORS[self.forwards % 2], PLAIN) if self.color else ("", "")
+        print(color + text[len(self.shown) :] + end, end="", flush=True)
+        self.shown = text
 
     def end(self) -> None:
+        self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
         self.handle.remove()
         print()
 
@@ -138,11 +137,12 @@ def chat(args, model, tokenizer, speculator) -> None:
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         ids = torch.tensor([ids], device=model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
-        out, n_tokens = generate(args, model, tokenizer, speculator, **inputs)
+        out = generate(args, model, tokenizer, speculator, **inputs)
         text = out.sequences[0].tolist()
+        answer = tokenizer.decode(text[ids.shape[1] :], skip_special_tokens=True)
         if not args.stream:
-            show(args, model, tokenizer, out.sequences[0, -n_tokens:], out.speculation)
-        messages.append({"role": "assistant", "content": tokenizer.decode(text[-n_tokens:], skip_special_tokens=True)})
+            print(answer)
+        messages.append({"role": "assistant", "content": answer})
         print("> ", end="", flush=True)
 
 

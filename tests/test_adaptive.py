@@ -10,7 +10,7 @@ from modeling_speculator.adaptive import AdaptiveSpeculation
 
 def picks(tokens, seconds, steps=400):
     """What is chosen where a step with k candidates emits tokens[k](step) tokens per row in seconds[k]."""
-    now, policy, chosen = 0.0, None, []
+    now, chosen = 0.0, []
     policy = AdaptiveSpeculation(sorted(tokens), clock=lambda: now)
     for step in range(steps):
         chosen.append(policy.choose())

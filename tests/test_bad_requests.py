@@ -101,6 +101,10 @@ def test_caches(llama):
     refuses(llama, r"shape \(1, 7\), but the inputs have \(1, 4\) and the cache 4 tokens more", **options)
 
 
+def test_an_empty_prompt(llama):
+    refuses(llama, "The prompt is empty", input_ids=torch.zeros(1, 0, dtype=torch.long))
+
+
 def test_a_streamer_of_a_batch(llama):
     refuses(llama, "batch size 1", input_ids=torch.ones(2, 4, dtype=torch.long), streamer=TextStreamer(None))
 

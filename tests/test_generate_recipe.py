@@ -83,10 +83,20 @@ def test_chat(run):
 def test_what_does_not_go_together(models, run, capsys):
     with pytest.raises(SystemExit):
         run("--prompt", "w3", "--stream", "--batch_size", 2)
-    assert "--stream shows one text at a time" in capsys.readouterr().err
+    assert "show one text at a time" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(models[1])
     tokenizer.chat_template = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
         with pytest.raises(SystemExit, match="has no chat template"):
             run("--chat")
+
+
+def test_files_without_prompts(run, tmp_path, capsys):
+    wrong = tmp_path / "prompts.jsonl"
+    wrong.write_text('{"question": "w3"}\n')
+    (tmp_path / "empty.txt").touch()
+    for path in (wrong, tmp_path / "missing.txt", tmp_path / "empty.txt"):
+        with pytest.raises(SystemExit):
+            run("--prompts", path)
+        assert f"no prompts in {path}" in capsys.readouterr().err

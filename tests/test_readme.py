@@ -23,7 +23,7 @@ def test_the_code_on_generation(tmp_path, capsys):
     MLPSpeculatorPreTrainedModel(config).save_pretrained(speculator)
 
     blocks = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "model.generate(" in code]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = r'"meta-llama/[^"]*", "ibm-ai-platform/[^"]*"'
     assert re.search(names, blocks[0])
     variables = {}
@@ -32,7 +32,7 @@ def test_the_code_on_generation(tmp_path, capsys):
     for block in blocks[1:]:
         exec(block, variables)
     plain = variables["model"].generate(**variables["inputs"], max_new_tokens=40, do_sample=False)
-    assert variables["out"].tolist() == plain.tolist()
+    assert variables["out"].sequences.tolist() == plain.tolist()
     assert variables["cache"].get_seq_length() == variables["text"].shape[1] - 1
 
 

@@ -57,7 +57,7 @@ def test_every_family_is_traced_as_a_whole(family, speculator):
     assert_same_text(model, speculator, prompts())
 
 
-def test_oracle(llama, monkeypatch):
+def test_oracle(llama):
     """Its draft is Python, so only the plain loop of fixed shapes can run it."""
     inputs = prompts()
     text = llama.generate(**inputs, max_new_tokens=40, do_sample=False)
@@ -176,18 +176,42 @@ def test_two_threads(llama, speculator, monkeypatch):
             assert texts == 3 * [expected[index]]
 
 
-def test_a_model_that_cannot_be_compiled(speculator, tmp_path, caplog):
+@pytest.fixture
+def log(caplog):
+    """What transformers logs, which it keeps from the root logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_more_settings_than_may_be_compiled(llama, speculator, monkeypatch, log):
+    """Are run uncompiled, and that is said."""
+    monkeypatch.setattr(static_decoding, "_LIMITS", {"recompile_limit": 2})
+    for step in range(4):
+        assert_same_text(llama, speculator, prompts(), do_sample=True, temperature=0.5 + step / 10)
+    assert "can't be compiled" in log.text
+
+
+def test_a_call_in_inference_mode(llama, speculator, monkeypatch):
+    monkeypatch.setattr(static_decoding, "_DEVICES_WITH_GRAPHS", ("cpu",))
+    assert_same_text(llama, speculator, prompts())
+    with torch.inference_mode():
+        assert_same_text(llama, speculator, prompts())
+    assert_same_text(llama, speculator, prompts(8))
+
+
+def test_a_model_that_cannot_be_compiled(speculator, tmp_path, log):
     """Runs all the same, and says so."""
-    logging.getLogger("transformers").addHandler(caplog.handler)
     model = tiny_model("llama")
     model.model.layers[0].register_forward_hook(lambda *args: torch._dynamo.graph_break())
     assert_same_text(model, speculator, prompts())
-    assert "can't be compiled for LlamaForCausalLM, and runs uncompiled" in caplog.text
+    assert "can't be compiled for LlamaForCausalLM, and runs uncompiled" in log.text
     devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     devices |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = dispatch_model(tiny_model("llama"), devices, main_device="cpu", offload_dir=str(tmp_path))
     assert_same_text(model, speculator, prompts())
-    assert "not compiled, because it is spread over devices" in caplog.text
+    assert "not compiled, because it is spread over devices" in log.text
 
 
 def test_only_new_tokens_and_embeddings_are_not_compiled_again(llama, speculator):
