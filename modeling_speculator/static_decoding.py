@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 # nothing while the text is short; each costs a compilation. Below this, looking at less saves nothing.
 _LEAST_VIEW = 256
 # The tensors that steps write to or read again and again: in a CUDA graph they must stay where they are.
-_STATE = ("lengths", "from_length", "last_position", "to_root_column", "budget", "sequences", "root", "context_vector")
-_STATE += ("along",)
+_STATE = ("lengths", "from_length", "last_position", "to_root_column", "budget", "sequences", "root", "along")
+_STATE += ("context_vector",)
 _CACHE_STATE = ("columns", "free", "frontier", "along", "attend", "ignore")
 
 
@@ -30,6 +30,9 @@ class Workspace:
 
     layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def is_inference(self) -> bool:
+        return any(tensor.is_inference() for tensor in self.tensors.values())
 
 
 _DEVICES_WITH_GRAPHS = ("cuda",)
@@ -54,11 +57,12 @@ class StaticDecoder(SpeculativeDecoder):
         self.compile_config = self.choose_compile_config()
         self.keeps_storage = self.compile_config is not None and self.device.type in _DEVICES_WITH_GRAPHS
         self.workspace = (_workspaces.pop(self.model, None) if self.keeps_storage else None) or Workspace()
+        if self.workspace.is_inference() and not torch.is_inference_mode_enabled():
+            self.workspace = Workspace()  # what was made in inference mode can't be written to outside of it
         super().run()
 
     def retire(self) -> None:
-        # What was made in inference mode can't be written to outside of it.
-        if self.keeps_storage and not torch.is_inference_mode_enabled():
+        if self.keeps_storage:
             self.workspace.layers = [(layer.keys, layer.values) for layer in self.cache.layers]
             _workspaces[self.model] = self.workspace
 

@@ -195,10 +195,14 @@ def test_more_settings_than_may_be_compiled(llama, speculator, monkeypatch, log)
 
 def test_a_call_in_inference_mode(llama, speculator, monkeypatch):
     monkeypatch.setattr(static_decoding, "_DEVICES_WITH_GRAPHS", ("cpu",))
-    assert_same_text(llama, speculator, prompts())
+    monkeypatch.setattr(static_decoding, "_workspaces", WeakKeyDictionary())
     with torch.inference_mode():
         assert_same_text(llama, speculator, prompts())
-    assert_same_text(llama, speculator, prompts(8))
+        assert_same_text(llama, speculator, prompts(8))
+    assert_same_text(llama, speculator, prompts())
+    with torch.inference_mode():
+        assert_same_text(llama, speculator, prompts(8))
+    assert_same_text(llama, speculator, prompts(9))
 
 
 def test_a_model_that_cannot_be_compiled(speculator, tmp_path, log):
