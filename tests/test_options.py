@@ -4,37 +4,19 @@ import copy
 
 import pytest
 import torch
-from drafters import Oracle
-from tiny_models import VOCAB, character_tokenizer, tiny_model
+from drafters import Oracle, oracle_for
+from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
 from transformers import (
     EosTokenCriteria,
     LogitsProcessor,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
-    TextStreamer,
     WatermarkingConfig,
 )
-from transformers.generation.streamers import BaseStreamer
 
 
-LENGTHS = [9, 4, 1]
 TOKENIZER = character_tokenizer()
-
-
-def prompts(rows=3):
-    """Left-padded prompts and their mask."""
-    generator = torch.Generator().manual_seed(5)
-    input_ids, mask = torch.zeros(rows, 9, dtype=torch.long), torch.zeros(rows, 9, dtype=torch.long)
-    for row, length in enumerate(LENGTHS[:rows]):
-        input_ids[row, 9 - length :] = torch.randint(1, VOCAB, (length,), generator=generator)
-        mask[row, 9 - length :] = 1
-    return {"input_ids": input_ids, "attention_mask": mask}
-
-
-def oracle_for(model, inputs, text, **options):
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, text.shape[1] - 9), value=1)
-    return Oracle(model, text, mask, **{"p_right": 0.7} | options)
 
 
 class Recorder(LogitsProcessor):
@@ -152,28 +134,20 @@ def test_a_seed_gives_the_same_text_for_any_draft(llama, name, rows):
     assert sample(4, plain).sequences.tolist() != expected.tolist()
 
 
-def test_other_processors_are_called_as_by_plain_decoding(llama):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_not_known_is_called_as_by_plain_decoding(llama, rows):
     """Once per token, in order, with the whole batch: a state of theirs is what it would be."""
-    for rows in (1, 3):
-        inputs, options = prompts(rows), {"max_new_tokens": 24, "do_sample": False}
-        expected, ours = Recorder(), Recorder()
-        text = llama.generate(**inputs, **options, logits_processor=[expected])
+    inputs, options = prompts(rows), {"max_new_tokens": 24, "do_sample": False}
+    plain = llama.generate(**inputs, **options)
+    for make in (
+        lambda: ({"logits_processor": [recorder := Recorder()]}, recorder),
+        lambda: ({"stopping_criteria": [after := After(plain[:, 21].tolist())]}, after),
+    ):
+        (theirs, expected), (ours, called) = make(), make()
+        text = llama.generate(**inputs, **options, **theirs)
         oracle = oracle_for(llama, inputs, text)
-        out = llama.generate(**inputs, **options, logits_processor=[ours], assistant_model=oracle)
-        assert out.tolist() == text.tolist()
-        assert ours.calls == expected.calls
-
-
-def test_other_criteria_are_called_as_by_plain_decoding(llama):
-    for rows in (1, 3):
-        inputs, options = prompts(rows), {"max_new_tokens": 24, "do_sample": False}
-        plain = llama.generate(**inputs, **options)
-        expected, ours = After(plain[:, 21].tolist()), After(plain[:, 21].tolist())
-        text = llama.generate(**inputs, **options, stopping_criteria=[expected])
-        oracle = oracle_for(llama, inputs, plain)
-        out = llama.generate(**inputs, **options, stopping_criteria=[ours], assistant_model=oracle)
-        assert out.tolist() == text.tolist()
-        assert ours.calls == expected.calls
+        assert llama.generate(**inputs, **options, **ours, assistant_model=oracle).tolist() == text.tolist()
+        assert called.calls == expected.calls
 
 
 def test_criteria_that_replace_generates_own(llama):
@@ -204,85 +178,6 @@ def test_a_string_that_ends_inside_an_accepted_run(llama):
         out = llama.generate(**inputs, **options, assistant_model=oracle_for(llama, inputs, text, p_right=1.0))
         assert out.tolist() == expected.tolist()
         assert expected.shape[1] < 9 + 24
-
-
-class Streamed(BaseStreamer):
-    def __init__(self):
-        self.parts, self.ended, self.inference = [], False, False
-
-    def put(self, value):
-        assert not self.ended
-        self.parts.append(value.tolist())
-        self.inference |= value.is_inference()
-
-    def end(self):
-        self.ended = True
-
-
-@pytest.mark.parametrize("options", [{}, {"eos_token_id": list(range(20))}, {"repetition_penalty": 1.5}])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_streamer(llama, rows, options):
-    inputs = prompts(rows)
-    options = {"max_new_tokens": 24, "do_sample": False} | options
-    expected, streamed = Streamed(), Streamed()
-    text = llama.generate(**inputs, **options, streamer=expected)
-    oracle = oracle_for(llama, inputs, text)
-    out = llama.generate(**inputs, **options, streamer=streamed, assistant_model=oracle)
-    assert out.tolist() == text.tolist()
-    assert streamed.parts == expected.parts
-    assert streamed.ended
-    assert not streamed.inference
-
-
-def test_streamed_text_is_the_final_text(llama, capsys):
-    inputs = prompts(1)
-    text = llama.generate(**inputs, max_new_tokens=24, do_sample=False)
-    streamer = TextStreamer(TOKENIZER, skip_prompt=True)
-    oracle = oracle_for(llama, inputs, text)
-    llama.generate(**inputs, max_new_tokens=24, do_sample=False, streamer=streamer, assistant_model=oracle)
-    assert capsys.readouterr().out.strip() == TOKENIZER.decode(text[0, 9:])
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_scores_logits_and_hidden_states(llama, rows):
-    inputs = prompts(rows)
-    options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "repetition_penalty": 1.5}
-    options |= {"output_scores": True, "output_logits": True, "output_hidden_states": True}
-    expected = llama.generate(**inputs, **options)
-    oracle = oracle_for(llama, inputs, expected.sequences)
-    out = llama.generate(**inputs, **options, assistant_model=oracle)
-    assert out.sequences.tolist() == expected.sequences.tolist()
-    for what in ("scores", "logits", "hidden_states"):
-        torch.testing.assert_close(getattr(out, what), getattr(expected, what), atol=1e-4, rtol=1e-4)
-    transition = llama.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
-    torch.testing.assert_close(
-        transition,
-        llama.compute_transition_scores(expected.sequences, expected.scores, normalize_logits=True),
-        atol=1e-4,
-        rtol=1e-4,
-    )
-    assert not out.scores[0].is_inference()
-    assert not out.hidden_states[1][0].is_inference()
-
-
-def test_scores_are_zero_once_a_row_has_ended(llama):
-    inputs = prompts()
-    plain = llama.generate(**inputs, max_new_tokens=24, do_sample=False)
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": int(plain[1, 15])}
-    options |= {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
-    expected = llama.generate(**inputs, **options)
-    out = llama.generate(**inputs, **options, assistant_model=oracle_for(llama, inputs, plain))
-    assert out.sequences.tolist() == expected.sequences.tolist()
-    lengths = [(row != 0).nonzero().max().item() + 1 - 9 for row in expected.sequences]
-    assert min(lengths) < max(lengths) == len(out.logits) == len(out.hidden_states)
-    for row, length in enumerate(lengths):
-        for place in range(max(lengths)):
-            ours, theirs = out.logits[place][row], expected.logits[place][row]
-            torch.testing.assert_close(
-                ours, theirs if place < length else torch.zeros_like(theirs), atol=1e-4, rtol=1e-4
-            )
-            state = out.hidden_states[place][-1][row, -1]
-            assert bool(state.any()) == (place < length)
 
 
 def test_prompt_as_embeddings(llama):

@@ -136,3 +136,13 @@ def character_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
     tokenizer.decoder = Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special_tokens)
+
+
+def prompts(rows=3):
+    """Up to three left-padded prompts, of 9, 4 and 1 tokens, and their mask: what `generate` takes."""
+    generator = torch.Generator().manual_seed(5)
+    input_ids, mask = torch.zeros(rows, 9, dtype=torch.long), torch.zeros(rows, 9, dtype=torch.long)
+    for row, length in enumerate([9, 4, 1][:rows]):
+        input_ids[row, 9 - length :] = torch.randint(1, VOCAB, (length,), generator=generator)
+        mask[row, 9 - length :] = 1
+    return {"input_ids": input_ids, "attention_mask": mask}
