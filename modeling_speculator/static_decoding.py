@@ -71,7 +71,9 @@ class StaticDecoder(SpeculativeDecoder):
         return max(_view(super().capacity()), self.request.generation_config.max_cache_len or 0)
 
     def reusable_storage(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return self.workspace.layers
+        # Handed over, so that what does not fit is freed layer by layer, as each takes other memory.
+        layers, self.workspace.layers = self.workspace.layers, []
+        return layers
 
     def settle(self) -> None:
         if not self.keeps_storage:
