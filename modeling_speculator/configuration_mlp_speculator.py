@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 # Candidates that the published checkpoints draft: [5, 3, 2] for three heads, then two children per node.
 _PUBLISHED_TOP_K = [5, 3]
+METHODS = ("sum_rnn", "sum_lstm")  # the first is the published one, which config.json does not name
 
 
 class MLPSpeculatorConfig(PreTrainedConfig):
@@ -26,6 +27,8 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             `n_candidates` most probable leaves; a dial, read at each call.
         tie_weights: share embedding, head and norm among all heads, and the projection among all but the first.
         scale_input: normalise the context vector before the first head.
+        method: the cell, "sum_rnn" (arXiv 2404.19124) or "sum_lstm" (gated, Arctic Inference; its heads are always
+            tied: `tie_weights=True`).
         base_model_name_or_path: the base model that the speculator was trained for.
 
     Raises:
@@ -44,6 +47,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     n_tree_nodes: int | None = None
     tie_weights: bool = False
     scale_input: bool = False
+    method: str = "sum_rnn"
     base_model_name_or_path: str | None = None
     # Those of the base model count; text-generation pipelines ask an assistant for its own.
     bos_token_id: int | None = None
@@ -55,6 +59,10 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, but is {self.method!r}.")
+        if self.method == "sum_lstm" and not self.tie_weights:
+            raise ValueError('The heads of `method="sum_lstm"` share one cell: set `tie_weights=True`.')
         if self.top_k_tokens_per_head is None:
             self.top_k_tokens_per_head = (_PUBLISHED_TOP_K + [2] * self.n_predict)[: self.n_predict]
         self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
@@ -91,10 +99,13 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             )
 
     def to_diff_dict(self) -> dict:
-        """What is saved: as in the published files, nothing that is off or unset."""
-        return {
+        """What is saved: as in the published files, nothing that is off or unset, nor the published `method`."""
+        saved = {
             key: value for key, value in super().to_diff_dict().items() if value is not None and value is not False
         }
+        if saved.get("method") == METHODS[0]:
+            del saved["method"]
+        return saved
 
 
 def _is_int(value) -> bool:

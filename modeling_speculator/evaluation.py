@@ -67,6 +67,59 @@ def distinct_ngrams(tokens: Sequence[int], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
+@torch.no_grad()
+def accepted_drafts(
+    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_size: int = 1024
+) -> torch.Tensor:
+    """How many drafted tokens would be accepted at each position of a text that the base model wrote.
+
+    Args:
+        speculator: drafts by its dials; `n_candidates` must not be 0.
+        hidden_states: (batch, length, emb_dim), the context vectors that the tokens were drawn from.
+        tokens: (batch, length); -100 where nothing can be accepted, as after an end of text.
+        chunk_size: positions to draft at, at once.
+
+    Returns:
+        (batch, length - n_predict) integers between 0 and `n_predict`.
+    """
+    config = speculator.config
+    n = tokens.shape[1] - config.n_predict
+    roots = tokens[:, :n].clamp(min=0).reshape(-1, 1)
+    truth = tokens[:, 1:].unfold(1, config.n_predict, 1).flatten(0, 1)  # (batch * n, n_predict)
+    states = hidden_states[:, :n].flatten(0, 1)[:, None]
+    parts = []
+    for at in range(0, len(roots), chunk_size):
+        here = slice(at, at + chunk_size)
+        if config.n_tree_nodes is None:
+            candidates = speculator.generate_candidates(states[here], roots[here])
+            parts.append((candidates == truth[here, None]).cumprod(-1).sum(-1).amax(-1))
+        else:
+            drafted, parents, depths = speculator.generate_tree(states[here], roots[here])
+            right = drafted == truth[here].gather(1, depths - 1)
+            for _ in range(config.n_predict - 1):  # ... and so must be all of its ancestors
+                right &= torch.nn.functional.pad(right, (1, 0), value=True).gather(1, parents)
+            parts.append((right * depths).amax(-1))
+    return torch.cat(parts).view(len(tokens), n)
+
+
+def simulate_steps(accepted: torch.Tensor, lengths: torch.Tensor) -> tuple[int, int]:
+    """The steps that speculation would have taken over texts, and the tokens that they would have emitted.
+
+    Exact where the base model wrote the texts by the rule (greedy, or sampled) that the speculation would verify by.
+
+    Args:
+        accepted: (batch, n), of `accepted_drafts`.
+        lengths: (batch,), tokens of each text up to its end; the first one is the prefill's.
+    """
+    rows, n = torch.arange(len(accepted), device=accepted.device), accepted.shape[1]
+    at, steps, tokens = torch.zeros_like(lengths), torch.zeros_like(lengths), torch.zeros_like(lengths)
+    for _ in range(n):
+        goes_on = at < (lengths - 1).clamp(max=n)
+        emitted = torch.minimum(accepted[rows, at.clamp(max=n - 1)] + 1, lengths - 1 - at) * goes_on
+        at, steps, tokens = at + emitted, steps + goes_on, tokens + emitted
+    return int(steps.sum()), int(tokens.sum())
+
+
 def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
     """Times runs that each return a number of tokens, A B A B, after one untimed round.
 

@@ -1,6 +1,7 @@
 """The base models whose output is known to be reproduced, and what their decoders expect of attention masks."""
 
-from transformers import PretrainedConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # A family is added with its equality test, which decides where it belongs: a single causal mask for all layers of
@@ -31,7 +32,7 @@ SUPPORTED_MODEL_TYPES = ONE_MASK + ONE_WINDOWED_MASK + MASK_PER_LAYER_TYPE
 LEARNED_POSITIONS = ("gpt_bigcode", "gpt2")
 
 
-def attention_windows(config: PretrainedConfig) -> dict[str | None, int | None]:
+def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:
     """The masks that a decoder expects: {type of layer: how many tokens back it attends to, None for all}.
 
     A single key None stands for one mask for all layers.
@@ -49,3 +50,18 @@ def attention_windows(config: PretrainedConfig) -> dict[str | None, int | None]:
             )
         return {kind: windows[kind] for kind in sorted(set(config.layer_types))}
     return {None: config.sliding_window if config.model_type in ONE_WINDOWED_MASK else None}
+
+
+def output_logits(base_model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The logits that a base model makes of context vectors: (..., emb_dim) -> (..., vocab).
+
+    Its LM head, then what some families do to the result; a forward of the model does the same from its tokens.
+    """
+    config = base_model.config.get_text_config(decoder=True)
+    logits = base_model.get_output_embeddings()(hidden_states)
+    if hasattr(config, "logits_scaling"):  # Granite
+        logits = logits / config.logits_scaling
+    if hasattr(config, "logit_scale"):  # Cohere
+        logits = logits * config.logit_scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,9 +1,9 @@
-"""The MLP speculator: a recurrence of `n_predict` heads over a context vector and the tokens drawn after it.
+"""The speculator as a model: heads over a context vector and the tokens drawn after it, for training and for drafting.
 
 Architecture and initialisation: arXiv 2404.19124 and its published implementation (foundation-model-stack/fms-extras).
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .cells import CELLS, MLPSpeculatorRMSNorm
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 
 
@@ -29,76 +30,6 @@ class MLPSpeculatorOutput(ModelOutput):
     losses: torch.Tensor | None = None
 
 
-class MLPSpeculatorRMSNorm(nn.Module):
-    """RMS norm with weight and bias: `w * x / rms(x) + b`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6) + self.bias
-
-
-class MLPSpeculator(nn.Module):
-    """The heads and their recurrence. The names of the modules are those of the published checkpoints."""
-
-    def __init__(self, config: MLPSpeculatorConfig):
-        super().__init__()
-        inner_dim = config.inner_dim or config.emb_dim
-        heads = range(config.n_predict)
-        self.emb = nn.ModuleList(nn.Embedding(config.vocab_size, inner_dim) for _ in heads)
-        self.proj = nn.ModuleList(nn.Linear(inner_dim if i else config.emb_dim, inner_dim, bias=False) for i in heads)
-        self.head = nn.ModuleList(nn.Linear(inner_dim, config.vocab_size, bias=False) for _ in heads)
-        self.ln = nn.ModuleList(MLPSpeculatorRMSNorm(inner_dim) for _ in heads)
-        self.scale_input = config.scale_input
-        # How much of the state comes from the state before and how much from the token, so that its variance is kept.
-        state_weight = 0.5 ** (0.5 / config.n_predict)
-        emb_weight = math.sqrt((1 - state_weight**2) * inner_dim / 2)
-        self.emb_scale = emb_weight / state_weight
-
-    def first_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Context vectors (..., emb_dim) -> what head 0 starts from, in the speculator's dtype."""
-        hidden_states = hidden_states.to(self.proj[0].weight.dtype)
-        if self.scale_input:
-            hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6) / math.sqrt(2)
-        return hidden_states
-
-    def step(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step of the recurrence: the state after `input_ids`, and the logits of the token after them.
-
-        Args:
-            state: (..., emb_dim) for head 0, else (..., inner_dim).
-            input_ids: (...), the token that head `head - 1` stands for (the base model's own for head 0).
-
-        Returns:
-            state (..., inner_dim) and logits (..., vocab).
-        """
-        state = torch.add(self.proj[head](state), self.emb[head](input_ids), alpha=self.emb_scale)
-        state = F.gelu(self.ln[head](state))
-        return state, self.head[head](state)
-
-    def best_children(
-        self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The state after `input_ids` (...), and the k most probable tokens then: log-probs and tokens (..., k)."""
-        state, logits = self.step(head, state, input_ids)
-        best, tokens = logits.topk(k)
-        return state, best.float() - logits.float().logsumexp(-1, keepdim=True), tokens
-
-
-def _tied_weights(n_predict: int) -> dict[str, str]:
-    """{weight: weight it is tied to}: the heads share all but the first projection, which has another shape."""
-    tied = {}
-    for head in range(1, n_predict):
-        for name in ("emb.{}.weight", "head.{}.weight", "ln.{}.weight", "ln.{}.bias"):
-            tied["speculator." + name.format(head)] = "speculator." + name.format(0)
-        if head > 1:
-            tied[f"speculator.proj.{head}.weight"] = "speculator.proj.1.weight"
-    return tied
-
-
 class MLPSpeculatorPreTrainedModel(PreTrainedModel):
     """An MLP speculator: load it with `from_pretrained`, draft with `model.generate(assistant_model=speculator)`."""
 
@@ -108,8 +39,9 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__(config)
-        self.speculator = MLPSpeculator(config)
-        self._tied_weights_keys = _tied_weights(config.n_predict)  # honoured where config.tie_weights is set
+        self.speculator = CELLS[config.method](config)
+        tied = self.speculator.tied_weights(config.n_predict)  # honoured where config.tie_weights is set
+        self._tied_weights_keys = {f"speculator.{key}": f"speculator.{source}" for key, source in tied.items()}
         self.post_init()
 
     @torch.no_grad()
@@ -121,7 +53,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.speculator.emb[0]
+        return next(module for module in self.speculator.modules() if isinstance(module, nn.Embedding))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -150,6 +82,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
+        objective: Callable | None = None,
     ) -> MLPSpeculatorOutput:
         """All heads at all positions at once, each head fed the true tokens: the training forward.
 
@@ -158,6 +91,8 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             input_ids: (batch, >= n + n_predict - 1), `input_ids[:, i]` the token drawn from `hidden_states[:, i]`.
             labels: (batch, n + n_predict - 1), `labels[:, i + j]` what head `i` shall predict at position `j`;
                 -100 is ignored.
+            objective: what a trainer computes in place of the logits of all heads, which may not fit into memory:
+                called with this model's `speculator` and the three tensors, its result is returned.
 
         Raises:
             ValueError: if the lengths don't fit together.
@@ -170,6 +105,8 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 f"n + n_predict - 1 = {needed} tokens; got {input_ids.shape[1]}"
                 + (f" and {labels.shape[1]}." if labels is not None else ".")
             )
+        if objective is not None:
+            return objective(self.speculator, hidden_states, input_ids, labels)
         state, logits = self.speculator.first_state(hidden_states), []
         for head in range(n_predict):
             state, head_logits = self.speculator.step(head, state, input_ids[:, head : head + n])

@@ -91,6 +91,15 @@ def draw_row_keys(batch: int, device: torch.device) -> torch.Tensor:
     return torch.randint(2**63 - 1, (batch,), device=device)
 
 
+def text_keys(input_ids: torch.Tensor, seed: int) -> torch.Tensor:
+    """One integer per text (batch, length) -> (batch,), a function of its tokens and a seed.
+
+    For noise that is the same whichever process, batch or attempt a text is continued in.
+    """
+    positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    return _mix(_mix(_mix(positions + input_ids * -0x61C8864680B583EB).sum(-1)) + seed)
+
+
 def gumbel_noise(row_keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Standard Gumbel noise that is a function of (row key, position, token): (..., positions, vocab) float32.
 

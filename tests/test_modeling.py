@@ -18,6 +18,8 @@ SHAPES = {
     "no inner_dim": {"inner_dim": 0},
     "one head": {"n_predict": 1, "tie_weights": True},
     "seven heads": {"n_predict": 7, "n_candidates": 9},
+    "gated": {"method": "sum_lstm", "tie_weights": True},
+    "one gated head": {"method": "sum_lstm", "tie_weights": True, "n_predict": 1},
 }
 
 
@@ -44,6 +46,29 @@ def test_golden_vectors_of_the_published_implementation(shared, case):
     assert candidates.tolist() == tensors["out.suffixes"].tolist()
     chain = model.generate_candidates(tensors["in.gen_state"], tensors["in.gen_ind"], [1] * config.n_predict, 1)
     assert chain.tolist() == golden["greedy"]
+
+
+def test_golden_vectors_of_the_gated_cell(shared):
+    golden = json.loads((shared / "reference/golden.json").read_text())["arctic_lstm_like"]
+    tensors = load_file(shared / "reference/arctic_lstm_like.safetensors")
+    theirs = golden["config"]
+    model = MLPSpeculatorPreTrainedModel(
+        MLPSpeculatorConfig(
+            method=theirs["method"],
+            emb_dim=theirs["input_hidden_dim"],
+            inner_dim=int(theirs["inner_dim"]),
+            top_k_tokens_per_head=golden["topk"],
+            n_candidates=golden["n"],
+            **{key: theirs[key] for key in ("vocab_size", "n_predict", "tie_weights", "scale_input")},
+        )
+    )
+    weights = {key.replace("w.", "speculator.", 1): t for key, t in tensors.items() if key[:2] == "w."}
+    weights |= {f"speculator.head.{head}.weight": tensors["w.head.0.weight"] for head in (1, 2)}
+    model.load_state_dict(weights)
+    logits = model(tensors["in.state"], tensors["in.inds"]).logits
+    torch.testing.assert_close(logits, tensors["out.forward"], atol=1e-4, rtol=0)
+    candidates = model.generate_candidates(tensors["in.gen_state"], tensors["in.gen_ind"])
+    assert candidates.tolist() == tensors["out.suffixes"].tolist()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -245,6 +270,8 @@ def test_tied_config_with_weights_that_differ(tmp_path):
         ({"top_k_tokens_per_head": [2, 1, 1], "n_candidates": 3}, "between 0 and 2.*n_candidates"),
         ({"n_candidates": -1}, "n_candidates"),
         ({"emb_dim": 0}, "emb_dim"),
+        ({"method": "sum_gru"}, "`method` must be one of sum_rnn, sum_lstm"),
+        ({"method": "sum_lstm"}, "tie_weights=True"),
         ({"n_tree_nodes": 51}, "`n_tree_nodes`.*between 1 and 50.*51"),
         ({"n_tree_nodes": 0}, "`n_tree_nodes`.*between 1 and 50.*0"),
     ],

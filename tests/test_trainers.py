@@ -22,12 +22,14 @@ from modeling_speculator.trainers.schedules import parabolic_cosine_schedule
 class CountingModel(LlamaForCausalLM):
     """After token t always comes t + 1; the context vector holds the token that was read last, in every entry."""
 
-    def get_decoder(self):
-        def decoder(input_ids, use_cache):
-            hidden_states = input_ids[:, :, None].expand(-1, -1, self.config.hidden_size).float()
-            return type("Output", (), {"last_hidden_state": hidden_states})
+    def __init__(self, config):
+        super().__init__(config)
 
-        return decoder
+        def what_was_read(module, args, kwargs, output):
+            output.last_hidden_state = kwargs["input_ids"][:, :, None].expand_as(output.last_hidden_state).float()
+            return output
+
+        self.model.register_forward_hook(what_was_read, with_kwargs=True)
 
     def forward(self, input_ids=None, **kwargs):
         outputs = super().forward(input_ids=input_ids, **kwargs)
@@ -86,7 +88,7 @@ def make_trainer(request):
 def test_stage_1_alignment(tmp_path, counting, n_predict):
     trainer = SpeculatorTrainer(speculator(n_predict), counting, arguments(tmp_path))
     text = torch.arange(20).repeat(2, 1)
-    hidden_states, input_ids, labels = trainer.batch({"input_ids": text})
+    hidden_states, input_ids, labels, _ = trainer.batch({"input_ids": text})
     read = hidden_states[0, :, 0].long()  # the token at each position
     assert read.tolist() == list(range(20 - n_predict - 1))  # from the first on, as far as every head has a target
     for position, token in enumerate(read.tolist()):
@@ -100,7 +102,7 @@ def test_stage_1_alignment(tmp_path, counting, n_predict):
 def test_stage_2_alignment(tmp_path, counting, n_predict):
     trainer = DistillationTrainer(speculator(n_predict), counting, arguments(tmp_path), generation_length=10)
     prompts = torch.tensor([[3, 50, 20], [7, 7, 30]])  # generated: 21, 22, ... and 31, 32, ...
-    hidden_states, input_ids, labels = trainer.batch({"input_ids": prompts})
+    hidden_states, input_ids, labels, _ = trainer.batch({"input_ids": prompts})
     for row, last in enumerate([20, 30]):
         read = hidden_states[row, :, 0].long().tolist()
         assert read == [last + i for i in range(10 - n_predict)]  # the prompt's last position comes first
@@ -112,7 +114,7 @@ def test_stage_2_stops_at_the_end_of_a_text(tmp_path, counting):
     counting.generation_config.eos_token_id = [25, 40]
     trainer = DistillationTrainer(speculator(), counting, arguments(tmp_path), generation_length=10)
     prompts = torch.tensor([[25, 3, 20], [7, 7, 30]])
-    _, _, labels = trainer.batch({"input_ids": prompts})
+    labels = trainer.batch({"input_ids": prompts}).labels
     assert labels[0].tolist() == [22, 23, 24, 25] + 5 * [-100]
     assert labels[1].tolist() == list(range(32, 41))
 
@@ -120,9 +122,10 @@ def test_stage_2_stops_at_the_end_of_a_text(tmp_path, counting):
 def test_stage_2_when_every_text_ends_at_once(tmp_path, counting):
     counting.generation_config.eos_token_id = 21
     trainer = DistillationTrainer(speculator(), counting, arguments(tmp_path), generation_length=10)
-    batch = trainer.batch({"input_ids": torch.tensor([[25, 3, 20], [7, 7, 20]])})
+    prompts = torch.tensor([[25, 3, 20], [7, 7, 20]])
+    batch = trainer.batch({"input_ids": prompts})
     assert (batch.labels == -100).all()
-    assert trainer.model(*batch).loss == 0
+    assert trainer.compute_loss(trainer.model, {"input_ids": prompts}) == 0
 
 
 def test_evaluation_is_repeatable_and_takes_no_random_numbers(tmp_path, llama, make_trainer):
@@ -144,7 +147,7 @@ def test_stage_2_samples_from_the_base_model(tmp_path, llama):
     theirs = model.generation_config
     trainer = DistillationTrainer(speculator(), model, arguments(tmp_path), generation_length=20)
     prompts = torch.randint(VOCAB, (8, 4), generator=torch.Generator().manual_seed(0))
-    _, input_ids, _ = trainer.batch({"input_ids": prompts})
+    input_ids = trainer.batch({"input_ids": prompts}).input_ids
     text = torch.cat([prompts, input_ids], dim=1)
     with torch.no_grad():
         logits = llama(text).logits[:, 3:-1]
@@ -166,15 +169,23 @@ def test_only_the_speculator_moves_and_all_of_it(tmp_path, llama, make_trainer):
     assert not any("base_model" in name for name, _ in model.named_parameters())
 
 
-def test_resumed_is_uninterrupted(tmp_path, llama, make_trainer):
+DAMAGES = {  # by a kill during the save
+    "no marker": lambda checkpoint: (checkpoint / "complete.json").unlink(),
+    "a file cut off": lambda checkpoint: (checkpoint / "trainer_state.json").write_text('{"cut off'),
+    "a file missing": lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_resumed_is_uninterrupted(tmp_path, llama, make_trainer, damage):
     whole = make_trainer(llama, arguments(tmp_path / "whole"))
     whole.train()
     make_trainer(llama, arguments(tmp_path / "parts", max_steps=4, save_total_limit=9)).train()
-    (tmp_path / "parts/checkpoint-4/trainer_state.json").write_text('{"cut off')  # by a kill during the save
+    damage(tmp_path / "parts/checkpoint-4")
     checkpoint = latest_checkpoint(str(tmp_path / "parts"))
     assert checkpoint.endswith("checkpoint-2")
     resumed = make_trainer(llama, arguments(tmp_path / "parts"))
-    resumed.train(resume_from_checkpoint=checkpoint)
+    resumed.train(resume_from_checkpoint=True)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert latest_checkpoint(str(tmp_path / "nothing here")) is None
@@ -246,9 +257,9 @@ def test_bad_input(tmp_path, llama):
     other = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB + 1, emb_dim=32))
     with pytest.raises(ValueError, match=f"`vocab_size={VOCAB + 1}`.*`vocab_size={VOCAB}`"):
         SpeculatorTrainer(other, llama, args)
-    with pytest.raises(ValueError, match="140 tokens.*128 positions.*sequence_length"):
+    with pytest.raises(ValueError, match="149 tokens.*128 positions.*sequence_length"):
         trainer = SpeculatorTrainer(speculator(), tiny_model("gpt2"), args)
-        trainer.batch({"input_ids": torch.zeros(2, 140, dtype=torch.long)})
+        trainer.batch({"input_ids": torch.zeros(2, 150, dtype=torch.long)})
     with pytest.raises(ValueError, match="parabolic_schedule: false"):
         arguments(tmp_path, lr_scheduler_type="cosine")
     with pytest.raises(ValueError, match="`stage` must be 1"):

@@ -1,48 +1,61 @@
 """Stage 1: a speculator learns to predict text from the context vectors of a base model that reads it."""
 
-import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..checks import check_positions, check_shapes
-from .metrics import correct_per_head, head_metrics, per_head
+from ..checks import check_shapes
+from ..evaluation import accepted_drafts, simulate_steps
+from ..families import output_logits
+from .base_model import check_output_logits, check_separation, read
+from .checkpoints import latest_checkpoint, mark_complete
+from .continuations import Continuations, ContinuationSampler
+from .distribution import are_finite, check_distribution, gathered, place_base_model
+from .metrics import HeadWindow, Stopwatch, head_metrics
+from .objective import Objective
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
 
 
 class TrainingBatch(NamedTuple):
-    """What the speculator's forward takes: see `MLPSpeculatorPreTrainedModel.forward`."""
+    """What the speculator's forward takes, see `MLPSpeculatorPreTrainedModel.forward`, and `Objective`."""
 
     hidden_states: torch.Tensor
     input_ids: torch.Tensor
     labels: torch.Tensor
+    next_states: torch.Tensor
 
 
 class SpeculatorTrainer(Trainer):
     """Trains a speculator on sequences of `input_ids`, beside a frozen base model.
 
-    Logs the loss and the accuracy of every head.
-
     Args:
-        model: the speculator.
-        base_model: a causal language model, put on the training device and never changed; it is not part of `model`.
-        args, train_dataset, ...: as for `Trainer`; a dataset needs a column `input_ids` of rows of equal length.
+        model: the speculator, or a peft model around one.
+        base_model: a causal language model, put where the training runs and never changed; it is not part of `model`.
+        args, train_dataset, ...: as for `Trainer`. A dataset needs a column `input_ids` of rows of equal length, and
+            may have `position_ids` that start again with each document: these are then kept apart.
+        prompt_length, generation_length: tokens of the prompts that are cut from the evaluation data, and of what the
+            base model writes after them, to measure `eval_tokens_per_step` on.
 
     Raises:
-        ValueError: if base model and speculator don't fit together, or the sequences are too short for the heads.
+        ValueError: if base model and speculator don't fit together, the sequences are too short for the heads, or the
+            processes are not those that were asked for.
     """
 
-    loss_is_scaled_for_ga = False  # a mean over the batch
+    loss_is_scaled_for_ga = False  # a mean over the micro-batch
 
     def __init__(
         self,
         model: PreTrainedModel,
         base_model: PreTrainedModel,
         args: SpeculatorTrainingArguments,
+        prompt_length: int = 64,
+        generation_length: int = 256,
         **kwargs,
     ):
         check_shapes(base_model, model)
@@ -52,77 +65,139 @@ class SpeculatorTrainer(Trainer):
             )
         kwargs.setdefault("compute_metrics", head_metrics)
         super().__init__(model=model, args=args, **kwargs)
-        self.base_model = base_model.eval().to(args.device)
-        self._steps_logged = 0
-        self._window = None  # sums since the last log: losses, correct and counted predictions per head
+        check_distribution(self.accelerator, args.num_processes)
+        self.base_model = place_base_model(base_model, self.accelerator, args.shard_base_model)
+        config = model.config
+        self.n_predict = config.n_predict
+        self.objective = Objective(
+            losses=args.loss,
+            loss_weights=args.weights_of("loss_weights", len(args.loss)),
+            head_weights=args.weights_of("head_weights", config.n_predict),
+            top_k=config.top_k_tokens_per_head,
+            unrolled_share=args.unrolled_share,
+            hidden_state_noise=args.hidden_state_noise,
+        )
+        if self.objective.needs_distribution:
+            check_output_logits(self.base_model, args.device)
+        if any("position_ids" in (getattr(data, "column_names", None) or ()) for data in self._datasets()):
+            check_separation(self.base_model, args.device)
+        self.prompt_length = prompt_length
+        self.sampler = ContinuationSampler(
+            self.base_model,
+            generation_length,
+            args.generation_temperature,
+            args.generation_top_k,
+            args.generation_cache or ("static" if args.device.type == "cuda" else "dynamic"),
+        )
+        self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
+        self._written = None  # prompts of the evaluation, and what the base model wrote after them
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "position_ids", "continuation"]
+
+    def _datasets(self) -> list:
+        return [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
+
+    # What is trained on
 
     def batch(self, inputs: dict[str, torch.Tensor]) -> TrainingBatch:
-        """Stage 1: all of the text, from its first token on."""
-        return self.align(inputs["input_ids"])
+        """Stage 1: all of the text, from its first token on.
 
-    def align(self, tokens: torch.Tensor, first: int = 0, labels: torch.Tensor | None = None) -> TrainingBatch:
-        """Runs the base model over `tokens` (batch, length) and aligns its context vectors with them.
+        The first `n_predict` + 1 tokens of a document are no targets where another comes before it in the sequence:
+        some head would have to guess them from that one.
+        """
+        text, position_ids = inputs["input_ids"], inputs.get("position_ids")
+        labels = text
+        if position_ids is not None:
+            begins_at = torch.arange(text.shape[1], device=text.device) - position_ids
+            labels = text.masked_fill((begins_at > 0) & (position_ids <= self.n_predict), -100)
+        with self.watch.measure("base_model", text.numel()):
+            states = read(self.base_model, text[:, :-1], None if position_ids is None else position_ids[:, :-1])
+        return self.align(states, text[:, 1:], labels[:, 1:])
 
-        The vector at position t, which the base model drew token t + 1 from, is trained with the tokens t + 1, t + 2,
-        ... as inputs of the heads, so that head i predicts token t + 2 + i (arXiv 2404.19124, section 3).
+    def align(self, states: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> TrainingBatch:
+        """Aligns context vectors with the tokens that come after them.
+
+        The vector at position t, which the base model drew token t from, is trained with the tokens t, t + 1, ... as
+        inputs of the heads, so that head i predicts token t + 1 + i (arXiv 2404.19124, section 3).
 
         Args:
-            first: the first position t to train at.
-            labels: (batch, length), `tokens` with -100 where nothing shall be predicted; `tokens` by default.
+            states: (batch, length, emb_dim), what the tokens were drawn from.
+            tokens: (batch, length).
+            labels: (batch, length), the tokens with -100 where nothing shall be predicted.
         """
-        labels = tokens if labels is None else labels
-        last = tokens.shape[1] - self.n_predict - 1  # every head has a target at the positions before
-        if last <= first:
+        n = tokens.shape[1] - self.n_predict  # positions where every head has a target
+        if n < 1:
             raise ValueError(
-                f"Sequences of {tokens.shape[1]} tokens, trained from position {first} on, are too short for "
-                f"{self.n_predict} heads, which need {self.n_predict + 2} tokens. Raise the sequence length."
+                f"Sequences of {tokens.shape[1] + 1} tokens are too short for {self.n_predict} heads, which need "
+                f"{self.n_predict + 2}. Raise `sequence_length` (stage 2: `generation_length`)."
             )
-        check_positions(self.base_model, tokens.shape[1])
-        device_type = tokens.device.type
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):  # in the dtype that it was loaded in
-            decoder = self.base_model.get_decoder()
-            hidden_states = decoder(input_ids=tokens[:, :last], use_cache=False).last_hidden_state[:, first:]
-        return TrainingBatch(hidden_states, tokens[:, first + 1 : -1], labels[:, first + 2 :])
+        return TrainingBatch(states[:, :n], tokens[:, :-1], labels[:, 1:], states[:, 1:])
 
-    @property
-    def n_predict(self) -> int:
-        return self.accelerator.unwrap_model(self.model).config.n_predict
+    # A step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.batch(inputs)
-        outputs = model(**batch._asdict())
-        with torch.no_grad():
-            outputs["correct"], outputs["counted"] = correct_per_head(outputs.logits, batch.labels)
-            if model.training:
-                self._add_to_window(outputs)
+        outputs = model(
+            batch.hidden_states,
+            batch.input_ids,
+            batch.labels,
+            objective=partial(
+                self.objective,
+                next_states=batch.next_states,
+                base_logits=partial(output_logits, self.base_model),
+                training=model.training,
+                counted_everywhere=self._mean_over_processes if model.training else None,
+            ),
+        )
+        if model.training:
+            self.heads.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _add_to_window(self, outputs) -> None:
-        sums = torch.stack([outputs.losses.detach(), outputs.correct.sum(0), outputs.counted.sum(0)])
-        self._window = sums if self._window is None else self._window + sums
-        self._steps_logged += 1
+    def _mean_over_processes(self, counted: torch.Tensor) -> torch.Tensor:
+        """So that the mean of the processes' losses is that of one process with all of their rows."""
+        if self.accelerator.num_processes == 1:
+            return counted
+        return self.accelerator.reduce(counted.float(), reduction="mean")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._window is not None and "loss" in logs:
-            losses, correct, counted = self._window.tolist()
-            logs |= per_head("loss", [loss / self._steps_logged for loss in losses])
-            logs |= per_head("accuracy", [c / max(n, 1) for c, n in zip(correct, counted, strict=True)])
-            self._window, self._steps_logged = None, 0
+        if "loss" in logs:
+            logs |= self._read_window() | self._read_watch()
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args, **kwargs):
-        """Draws the same random numbers in each evaluation, and uses up none of the training's."""
-        devices = [] if self.args.device.type == "cpu" else [self.args.device]
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed)
-            return super().evaluation_loop(*args, **kwargs)
+    def _read_window(self) -> dict[str, float]:
+        means = self.heads.read(partial(self.accelerator.reduce, reduction="sum"))
+        self._require(all(map(math.isfinite, means.values())))
+        return means
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        losses = outputs.losses.expand_as(outputs.correct)
-        return loss, (outputs.correct, losses.contiguous()), outputs.counted
+    def _require(self, finite: bool) -> None:
+        """Stops a run whose loss or weights are not finite, in all processes together."""
+        broken = torch.tensor(0.0 if finite else 1.0, device=self.args.device)
+        if self.accelerator.reduce(broken, reduction="sum") > 0:
+            raise ValueError(
+                f"The loss is not finite at step {self.state.global_step}. Nothing was saved since the last complete "
+                f"checkpoint, {latest_checkpoint(self.args.output_dir)}. Lower `learning_rate`, or check the data and "
+                "the base model's dtype: float16 overflows where bfloat16 does not."
+            )
+
+    def _read_watch(self) -> dict[str, float]:
+        """Tokens per second of all processes, and shares of this one's time."""
+        elapsed, seconds, tokens = self.watch.read()
+        logs = {"tokens_per_second": sum(tokens.values()) * self.accelerator.num_processes / elapsed}
+        if seconds.get("generation"):
+            logs["generated_tokens_per_second"] = (
+                tokens["generation"] * self.accelerator.num_processes / seconds["generation"]
+            )
+        shares = {name: spent / elapsed for name, spent in seconds.items()}
+        shares["speculator"] = 1 - sum(shares.values())  # and all that is not the base model's
+        return logs | {f"share_of_time_{name}": share for name, share in shares.items()}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._read_window()  # of the steps since the last log
+        return result
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.lr_scheduler is None and self.args.parabolic_schedule:
@@ -132,21 +207,70 @@ class SpeculatorTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-
-def latest_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint of a run, or None.
-
-    `Trainer` writes a checkpoint in place and its state last, so one whose state can't be read was cut off.
-    """
-    steps = {}
-    for checkpoint in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit():
-            steps[int(step)] = checkpoint
-    for _, checkpoint in sorted(steps.items(), reverse=True):
+    def _save_checkpoint(self, model, trial) -> None:
+        """Marks it once it is whole, and only then lets go of older ones."""
+        self._require(self.heads.is_finite() and are_finite(self.model))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(checkpoint)
-    return None
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run_dir = self._get_output_dir(trial=trial)
+            mark_complete(Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    # Evaluation
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Adds `tokens_per_step`, and uses up none of the training's random numbers."""
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        with torch.random.fork_rng(devices):
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.evaluation_prompts:
+            tokens_per_step = self._tokens_per_step(dataloader.dataset)
+            output.metrics[f"{metric_key_prefix}_tokens_per_step"] = tokens_per_step
+        self.watch = Stopwatch(self.args.device)  # the time since the last log was not all spent in training
+        return output
+
+    @torch.no_grad()
+    def _tokens_per_step(self, dataset) -> float:
+        """Expected tokens per step with the configured candidates, on what the base model itself writes."""
+        prompts = self._evaluation_prompts(dataset)
+        if self._written is None or not torch.equal(self._written[0], prompts):  # once: the base model never changes
+            self._written = (
+                prompts,
+                [
+                    Continuations(*(part.cpu() for part in self.sampler(some.to(self.args.device), self.args.seed)))
+                    for some in prompts.split(self.args.eval_batch_size)
+                ],
+            )
+        steps = tokens = 0
+        speculator = self.accelerator.unwrap_model(self.model)
+        with gathered(self.model), self.accelerator.autocast():
+            for written in self._written[1]:
+                written = Continuations(*(part.to(self.args.device) for part in written))
+                accepted = accepted_drafts(speculator, written.states, written.labels)
+                some_steps, some_tokens = simulate_steps(accepted, (written.labels != -100).sum(-1))
+                steps, tokens = steps + some_steps, tokens + some_tokens
+        totals = torch.tensor([steps, tokens], device=self.args.device)
+        steps, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+        return tokens / max(1, steps)
+
+    def _evaluation_prompts(self, dataset) -> torch.Tensor:
+        """This process's share of the first rows' first tokens, (prompts, prompt_length), as many in every process."""
+        rows = min(len(dataset), self.args.evaluation_prompts)
+        share = -(-rows // self.accelerator.num_processes)
+        first = self.accelerator.process_index * share
+        return torch.tensor(
+            [dataset[at % rows]["input_ids"][: self.prompt_length] for at in range(first, first + share)]
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        losses = outputs.losses.expand_as(outputs.correct)
+        return loss, (outputs.correct, outputs.correct_top_k, losses.contiguous()), outputs.counted

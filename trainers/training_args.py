@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .losses import LOSSES
+
 
 @dataclass
 class ModelArguments:
@@ -19,6 +22,9 @@ class ModelArguments:
     base_model: str = field(metadata={"help": "Folder or Hub id of the base model; it is never changed."})
     base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it."})
     base_model_dtype: str = field(default="auto", metadata={"help": '"auto" (as saved), "bfloat16", "float32", ...'})
+    base_model_quantization: str | None = field(
+        default=None, metadata={"help": '"4bit" or "8bit", by bitsandbytes: a base model that would not fit.'}
+    )
     speculator: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a speculator to start from. Null: a new one."}
     )
@@ -26,6 +32,16 @@ class ModelArguments:
     inner_dim: int | None = field(default=None, metadata={"help": "Width of the state; null: the base model's."})
     top_k_tokens_per_head: list[int] | None = field(default=None, metadata={"help": "Children per node."})
     n_candidates: int | None = field(default=None, metadata={"help": "Drafted sequences to verify."})
+    method: str | None = field(default=None, metadata={"help": '"sum_rnn" (published), or "sum_lstm": a gated cell.'})
+    tie_weights: bool | None = field(default=None, metadata={"help": "Share the weights among the heads."})
+    scale_input: bool | None = field(default=None, metadata={"help": "Normalise the context vector."})
+    tie_to_base_model: bool = field(
+        default=False,
+        metadata={"help": "The base model's embeddings and LM head, frozen, serve as those of all heads."},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train a LoRA adapter of this rank on `speculator` instead of its weights."}
+    )
 
 
 @dataclass
@@ -35,12 +51,22 @@ class DataArguments:
     dataset: str | None = field(default=None, metadata={"help": "Hub id or folder of a dataset ..."})
     dataset_config: str | None = field(default=None, metadata={"help": "... its configuration"})
     dataset_split: str = field(default="train", metadata={"help": "... and its split."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it."})
     data_files: list[str] | None = field(default=None, metadata={"help": "... or text, jsonl or parquet files."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    validation_fraction: float = field(default=0.01, metadata={"help": "Share of the sequences held out."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training, instead of downloading it first."})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Streaming: texts to draw the next one from."})
+    text_column: str = field(default="text", metadata={"help": "Column of texts, or of lists of chat messages."})
+    separate_documents: bool = field(
+        default=True, metadata={"help": "No attention between the documents that share a sequence."}
+    )
+    validation_fraction: float = field(default=0.01, metadata={"help": "Share of the sequences held out ..."})
+    validation_sequences: int = field(default=256, metadata={"help": "... but no more than these."})
     sequence_length: int = field(default=4096, metadata={"help": "Tokens of a stage-1 sequence."})
-    prompt_length: int = field(default=64, metadata={"help": "Stage 2: tokens of a prompt."})
-    generation_length: int = field(default=256, metadata={"help": "Stage 2: tokens generated after it."})
+    prompt_length: int = field(default=64, metadata={"help": "Stage 2 and evaluation: tokens of a prompt."})
+    generation_length: int = field(default=256, metadata={"help": "Stage 2 and evaluation: tokens generated after."})
+    generated_dataset: str | None = field(
+        default=None, metadata={"help": "Stage 2: a folder to keep the continuations in; what is there is trained on."}
+    )
 
 
 @dataclass
@@ -48,10 +74,35 @@ class SpeculatorTrainingArguments(TrainingArguments):
     """TrainingArguments with the defaults of the published recipe (arXiv 2404.19124 and fms-fsdp)."""
 
     stage: int = field(default=1, metadata={"help": "1: on text; 2: on what the base model itself generates."})
+    loss: list[str] = field(
+        default_factory=lambda: ["cross_entropy"], metadata={"help": f"One or a mix of {', '.join(LOSSES)}."}
+    )
+    loss_weights: list[float] | None = field(default=None, metadata={"help": "Of each of `loss`; null: 1."})
+    head_weights: list[float] | None = field(default=None, metadata={"help": "Of each head's loss; null: 1."})
+    unrolled_share: float = field(
+        default=0.0, metadata={"help": "Probability that a head gets the choice of the head before, not the truth."}
+    )
+    hidden_state_noise: float = field(
+        default=0.0, metadata={"help": "Noise on the context vectors, in units of their root mean square."}
+    )
+    generation_temperature: float = field(default=1.0, metadata={"help": "Of the continuations that are sampled."})
+    generation_top_k: int = field(default=10, metadata={"help": "Likewise."})
+    generation_cache: str | None = field(
+        default=None, metadata={"help": '"static" (compiled on a GPU) or "dynamic"; null: static on a GPU.'}
+    )
+    evaluation_prompts: int = field(
+        default=64, metadata={"help": "Held-out prompts to measure tokens per step on; 0: don't."}
+    )
+    shard_base_model: bool = field(default=False, metadata={"help": "A share of each of its weights on every GPU."})
+    num_processes: int | None = field(default=None, metadata={"help": "Refuse to run with another number of them."})
     parabolic_schedule: bool = field(
         default=True,
         metadata={"help": "Parabolic warm-up and a cosine to a tenth of the peak, in place of lr_scheduler_type."},
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check shapes and print sizes, memory and cost; train nothing."}
+    )
+    dry_run_gpus: int = field(default=8, metadata={"help": "The GPUs that a dry run reckons with."})
     learning_rate: float = 1e-3
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
@@ -68,6 +119,28 @@ class SpeculatorTrainingArguments(TrainingArguments):
                 f"`lr_scheduler_type={self.lr_scheduler_type}` or its kwargs are set while `parabolic_schedule` takes "
                 "their place: set `parabolic_schedule: false`."
             )
+        unknown = sorted(set(self.loss) - set(LOSSES))
+        if unknown or not self.loss:
+            raise ValueError(f"`loss` must name one or more of {', '.join(LOSSES)}, but is {self.loss}.")
+        self.weights_of("loss_weights", len(self.loss))
+        for name, low, high in (
+            ("unrolled_share", 0, 1),
+            ("hidden_state_noise", 0, math.inf),
+            ("generation_temperature", 1e-4, math.inf),
+            ("generation_top_k", 1, math.inf),
+            ("evaluation_prompts", 0, math.inf),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` must be between {low} and {high}, but is {getattr(self, name)}.")
+        if self.generation_cache not in (None, "static", "dynamic"):
+            raise ValueError(f'`generation_cache` must be "static" or "dynamic", but is {self.generation_cache!r}.')
+
+    def weights_of(self, name: str, n: int) -> list[float]:
+        """`loss_weights` or `head_weights`, 1 where unset; a ValueError where there are not n of them."""
+        weights = getattr(self, name)
+        if weights is not None and (len(weights) != n or min(weights) < 0 or not any(weights)):
+            raise ValueError(f"`{name}` needs {n} numbers of at least 0, not all of them 0, but is {weights}.")
+        return weights or [1.0] * n
 
 
 class _RecipeParser(HfArgumentParser):

@@ -1,0 +1,145 @@
+"""The recurrences of speculators: what a head makes of the state before it and of a token.
+
+A state is one tensor, so that drafting can repeat and gather it without knowing the cell.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_mlp_speculator import MLPSpeculatorConfig
+
+
+class MLPSpeculatorRMSNorm(nn.Module):
+    """RMS norm with weight and bias: `w * x / rms(x) + b`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6) + self.bias
+
+
+class Cell(nn.Module):
+    """What all cells share: the LM heads, the first state, and how a head's logits come from a state.
+
+    The names of the modules are those of the published checkpoints.
+    """
+
+    def __init__(self, config: MLPSpeculatorConfig):
+        super().__init__()
+        self.inner_dim = config.inner_dim or config.emb_dim
+        self.head = nn.ModuleList(
+            nn.Linear(self.inner_dim, config.vocab_size, bias=False) for _ in range(config.n_predict)
+        )
+        self.scale_input = config.scale_input
+        # How much of the state comes from the state before and how much from the token, so that its variance is kept.
+        state_weight = 0.5 ** (0.5 / config.n_predict)
+        emb_weight = math.sqrt((1 - state_weight**2) * self.inner_dim / 2)
+        self.emb_scale = emb_weight / state_weight
+
+    def first_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Context vectors (..., emb_dim) -> what head 0 starts from, in the speculator's dtype."""
+        hidden_states = hidden_states.to(self.head[0].weight.dtype)
+        if self.scale_input:
+            hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6) / math.sqrt(2)
+        return hidden_states
+
+    def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """One step of the recurrence: the state after `input_ids`.
+
+        Args:
+            state: (..., emb_dim) for head 0, else what the step before returned.
+            input_ids: (...), the token that head `head - 1` stands for (the base model's own for head 0).
+
+        Returns:
+            (..., a multiple of inner_dim).
+        """
+        raise NotImplementedError
+
+    def features(self, state: torch.Tensor) -> torch.Tensor:
+        """What an LM head reads of a state that `advance` returned: (..., inner_dim)."""
+        return state[..., : self.inner_dim]
+
+    def step(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`advance`, and the logits (..., vocab) of the token after `input_ids`."""
+        state = self.advance(head, state, input_ids)
+        return state, self.head[head](self.features(state))
+
+    def best_children(
+        self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The state after `input_ids` (...), and the k most probable tokens then: log-probs and tokens (..., k)."""
+        state, logits = self.step(head, state, input_ids)
+        best, tokens = logits.topk(k)
+        return state, best.float() - logits.float().logsumexp(-1, keepdim=True), tokens
+
+
+class MLPSpeculator(Cell):
+    """`method: sum_rnn`, the published MLP speculator (arXiv 2404.19124; foundation-model-stack/fms-extras)."""
+
+    def __init__(self, config: MLPSpeculatorConfig):
+        super().__init__(config)
+        heads, inner_dim = range(config.n_predict), self.inner_dim
+        self.emb = nn.ModuleList(nn.Embedding(config.vocab_size, inner_dim) for _ in heads)
+        self.proj = nn.ModuleList(nn.Linear(inner_dim if i else config.emb_dim, inner_dim, bias=False) for i in heads)
+        self.ln = nn.ModuleList(MLPSpeculatorRMSNorm(inner_dim) for _ in heads)
+
+    def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        state = torch.add(self.proj[head](state), self.emb[head](input_ids), alpha=self.emb_scale)
+        return F.gelu(self.ln[head](state))
+
+    @staticmethod
+    def tied_weights(n_predict: int) -> dict[str, str]:
+        """{weight: weight it is tied to}: the heads share all but the first projection, which has another shape."""
+        tied = {}
+        for head in range(1, n_predict):
+            tied |= {f"{name}.{head}.weight": f"{name}.0.weight" for name in ("emb", "head", "ln")}
+            tied[f"ln.{head}.bias"] = "ln.0.bias"
+            if head > 1:
+                tied[f"proj.{head}.weight"] = "proj.1.weight"
+        return tied
+
+
+class GatedMLPSpeculator(Cell):
+    """`method: sum_lstm`, the gated cell of Snowflake's Arctic speculators (Arctic Inference); the heads share it.
+
+    A state is the hidden state and the cell state, one after the other.
+    """
+
+    def __init__(self, config: MLPSpeculatorConfig):
+        super().__init__(config)
+        widths = [config.emb_dim, self.inner_dim][: config.n_predict]
+
+        def projections() -> nn.ModuleList:
+            return nn.ModuleList(nn.Linear(width, self.inner_dim, bias=False) for width in widths)
+
+        self.forget_emb = nn.ModuleList([nn.Embedding(config.vocab_size, self.inner_dim)])  # for all four
+        self.forget_proj, self.input_proj, self.output_proj, self.cell_proj = (projections() for _ in range(4))
+        # There is no cell state yet to forget: the published files hold this weight, but nothing reads it.
+        self.forget_proj[0].requires_grad_(False)
+        self.cell_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
+        self.state_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
+
+    def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden, cell = (state, None) if head == 0 else state.chunk(2, dim=-1)
+        token, at = self.forget_emb[0](input_ids), min(head, 1)
+
+        def read(projections: nn.ModuleList) -> torch.Tensor:
+            return torch.add(projections[at](hidden), token, alpha=self.emb_scale)
+
+        new = F.gelu(self.cell_ln[0](read(self.cell_proj))) * read(self.input_proj).sigmoid()
+        cell = new if head == 0 else torch.addcmul(new, cell, read(self.forget_proj).sigmoid())
+        hidden = F.gelu(self.state_ln[0](cell)) * read(self.output_proj).sigmoid()
+        return torch.cat([hidden, cell], dim=-1)
+
+    @staticmethod
+    def tied_weights(n_predict: int) -> dict[str, str]:
+        return {f"head.{head}.weight": "head.0.weight" for head in range(1, n_predict)}
+
+
+CELLS = {"sum_rnn": MLPSpeculator, "sum_lstm": GatedMLPSpeculator}

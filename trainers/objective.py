@@ -1,0 +1,119 @@
+"""What the trainers compute in the speculator's forward: a loss per head, and how often each head is right."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from transformers.utils import ModelOutput
+
+from ..cells import Cell
+from .chunked import CHUNK_ELEMENTS, chunked_linear
+from .losses import DISTRIBUTION_LOSSES, mixed
+
+
+@dataclass
+class ObjectiveOutput(ModelOutput):
+    """
+    loss: scalar, the sum of `losses`, each by its head's weight.
+    losses: (n_predict,), the mean loss of each head over the positions that count.
+    correct, correct_top_k: (batch, n_predict), positions where the true token is the head's first choice, or one of
+        the `top_k_tokens_per_head` that it drafts.
+    counted: (batch, n_predict), positions that count: those whose label is not -100.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    correct_top_k: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
+
+
+@dataclass
+class Objective:
+    """Losses by name and weight, and how the heads are fed.
+
+    Attributes:
+        losses, loss_weights: a mix of `losses.LOSSES`.
+        head_weights: (n_predict,), a factor for each head's loss.
+        top_k: (n_predict,), the children that each head drafts.
+        unrolled_share: probability that a head gets the choice of the head before it instead of the true token
+            (scheduled sampling, arXiv 1506.03099).
+        hidden_state_noise: standard deviation of noise on the context vectors, in units of their root mean square.
+            (EAGLE, arXiv 2401.15077, section 4.2, trains with noise, of a fixed size.)
+    """
+
+    losses: list[str]
+    loss_weights: list[float]
+    head_weights: list[float]
+    top_k: list[int]
+    unrolled_share: float = 0.0
+    hidden_state_noise: float = 0.0
+    chunk_elements: int = field(default=CHUNK_ELEMENTS, repr=False)
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the base model's own logits are needed, not only its tokens."""
+        return any(name in DISTRIBUTION_LOSSES for name in self.losses)
+
+    def __call__(
+        self,
+        speculator: Cell,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        next_states: torch.Tensor | None = None,
+        base_logits=None,
+        training: bool = False,
+        counted_everywhere=None,
+    ) -> ObjectiveOutput:
+        """The training forward: the same heads as `MLPSpeculatorPreTrainedModel.forward`, without keeping logits.
+
+        Args:
+            hidden_states, input_ids, labels: as there.
+            next_states: (batch, n + n_predict - 1, emb_dim), `next_states[:, i + j]` the context vector that the base
+                model draws head `i`'s target at position `j` from; for losses on its distribution.
+            base_logits: from such vectors (..., emb_dim) to the base model's logits (..., vocab).
+            training: whether the heads are fed as in training.
+            counted_everywhere: from positions counted here (n_predict,) to the divisor of the sums of losses; with
+                several processes, their mean.
+        """
+        batch, n, _ = hidden_states.shape
+        if training and self.hidden_state_noise:
+            size = hidden_states.float().square().mean(-1, keepdim=True).sqrt() * self.hidden_state_noise
+            hidden_states = hidden_states + (torch.randn_like(hidden_states) * size).to(hidden_states.dtype)
+        state, tokens = speculator.first_state(hidden_states), input_ids[:, :n]
+        sums, observed = [], []
+        for head, linear in enumerate(speculator.head):
+            state = speculator.advance(head, state, tokens)
+            score = partial(
+                self._score,
+                top_k=self.top_k[head],
+                labels=labels[:, head : head + n].flatten(),
+                next_states=next_states[:, head : head + n].flatten(0, 1) if self.needs_distribution else None,
+                base_logits=base_logits,
+            )
+            loss, values = chunked_linear(linear, speculator.features(state).flatten(0, 1), score, self.chunk_elements)
+            sums.append(loss)
+            observed.append(values.view(batch, n, 3))
+            tokens = input_ids[:, head + 1 : head + 1 + n]
+            if training and self.unrolled_share and head + 1 < len(speculator.head):
+                own = torch.rand(tokens.shape, device=tokens.device) < self.unrolled_share
+                tokens = torch.where(own, observed[-1][:, :, 0], tokens)
+        targets = labels.unfold(1, n, 1).transpose(0, 1)  # (n_predict, batch, n)
+        counted = (targets != -100).sum(-1)  # (n_predict, batch)
+        divisor = counted.sum(-1) if counted_everywhere is None else counted_everywhere(counted.sum(-1))
+        losses = torch.stack(sums) / divisor.clamp(min=torch.finfo(torch.float32).tiny)
+        loss = (losses * losses.new_tensor(self.head_weights)).sum()
+        hits = torch.stack(observed)[..., 1:].sum(2)  # (n_predict, batch, 2)
+        return ObjectiveOutput(loss, losses, hits[..., 0].T, hits[..., 1].T, counted.T)
+
+    def _score(self, logits, at, top_k, labels, next_states, base_logits):
+        """The sum of losses of a chunk; the head's choice, whether it is right, and whether it is drafted."""
+        labels = labels[at]
+        with torch.no_grad():
+            theirs = base_logits(next_states[at]).float() if self.needs_distribution else None
+            choice = logits.argmax(-1)
+            truth = logits.gather(1, labels.clamp(min=0)[:, None])
+            drafted = ((logits > truth).sum(-1) < top_k) & (labels != -100)
+            values = torch.stack([choice, choice == labels, drafted], dim=-1)
+        return mixed(self.losses, self.loss_weights, logits, labels, theirs).sum(), values
