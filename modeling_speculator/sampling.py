@@ -91,8 +91,8 @@ def draw_row_keys(batch: int, device: torch.device) -> torch.Tensor:
     return torch.randint(2**63 - 1, (batch,), device=device)
 
 
-def text_keys(input_ids: torch.Tensor, seed: int) -> torch.Tensor:
-    """One integer per text (batch, length) -> (batch,), a function of its tokens and a seed.
+def text_keys(input_ids: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
+    """One integer per text (batch, length) -> (batch,), a function of its tokens and a seed, of all or of each.
 
     For noise that is the same whichever process, batch or attempt a text is continued in.
     """

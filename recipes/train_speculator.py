@@ -1,54 +1,60 @@
 """Trains a speculator, stage 1 or 2, from a recipe.
 
-python recipes/train_speculator.py --config recipes/quickstart/stage1.yaml [--key value ...]
-accelerate launch recipes/train_speculator.py --config recipes/quickstart/stage2.yaml
+accelerate launch recipes/train_speculator.py --config recipes/quickstart/stage1.yaml [--key value ...]
+accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/train_speculator.py \\
+    --config recipes/llama2-7b/stage1.yaml
+python recipes/train_speculator.py --config recipes/llama2-7b/stage1.yaml --dry_run
 """
 
 import sys
+from dataclasses import asdict
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
-from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.trainers import (
     DistillationTrainer,
-    ModelArguments,
     SpeculatorTrainer,
+    dry_run,
     latest_checkpoint,
-    load_texts,
-    pack,
+    load_or_create_speculator,
+    load_rows,
     parse_recipe,
-    split,
 )
+from modeling_speculator.trainers.provenance import revision_of
 
 
 def main() -> None:
     model_args, data_args, args = parse_recipe(sys.argv[1:])
+    if args.dry_run:
+        dry_run(sys.argv[1:])
+        return
     set_seed(args.seed)
 
-    base_model = AutoModelForCausalLM.from_pretrained(
-        model_args.base_model, revision=model_args.base_model_revision, dtype=model_args.base_model_dtype
-    )
+    base_model = load_base_model(model_args, args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
     speculator = load_or_create_speculator(model_args, base_model)
-
-    texts = load_texts(data_args.dataset, data_args.data_files, data_args.dataset_config, data_args.dataset_split)
     length = data_args.sequence_length if args.stage == 1 else data_args.prompt_length
     with args.main_process_first(desc="tokenizing"):
-        rows = pack(texts, tokenizer, length, data_args.text_column)
-    train_rows, validation_rows = split(rows, data_args.validation_fraction)
+        train_rows, validation_rows = load_rows(data_args, tokenizer, length, args.seed)
 
-    trainer_class, options = SpeculatorTrainer, {}
-    if args.stage == 2:
-        trainer_class, options = DistillationTrainer, {"generation_length": data_args.generation_length}
+    trainer_class = SpeculatorTrainer if args.stage == 1 else DistillationTrainer
     trainer = trainer_class(
         model=speculator,
         base_model=base_model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=validation_rows,
-        **options,
+        prompt_length=data_args.prompt_length,
+        generation_length=data_args.generation_length,
+        facts={
+            "model": asdict(model_args),
+            "data": asdict(data_args),
+            "base_model_revision": revision_of(model_args.base_model, model_args.base_model_revision),
+        },
     )
+    if args.stage == 2 and data_args.generated_dataset:
+        trainer.write_continuations(data_args.generated_dataset)
     checkpoint = args.resume_from_checkpoint
     if checkpoint in (None, "True", "true"):  # to go on from the newest is what a second run does anyway
         checkpoint = latest_checkpoint(args.output_dir)
@@ -64,28 +70,20 @@ def main() -> None:
     trainer.save_state()
 
 
-def load_or_create_speculator(model_args: ModelArguments, base_model) -> MLPSpeculatorPreTrainedModel:
-    """The speculator to train, in float32: the optimizer's updates are lost in half precision."""
-    given = {
-        key: getattr(model_args, key)
-        for key in ("n_predict", "inner_dim", "top_k_tokens_per_head", "n_candidates")
-        if getattr(model_args, key) is not None
-    }
-    if model_args.speculator is not None:
-        if given:
-            raise ValueError(
-                f"{sorted(given)} describe a new speculator, but `speculator: {model_args.speculator}` starts from "
-                "one that has its own. Drop them, or drop `speculator`."
-            )
-        return AutoModel.from_pretrained(model_args.speculator, dtype=torch.float32)
-    config = base_model.config.get_text_config(decoder=True)
-    return MLPSpeculatorPreTrainedModel(
-        MLPSpeculatorConfig(
-            vocab_size=config.vocab_size,
-            emb_dim=config.hidden_size,
-            base_model_name_or_path=model_args.base_model,
-            **given,
-        )
+def load_base_model(model_args, args):
+    """The base model, or one with an adapter, in the dtype or the quantization that is asked for."""
+    options = {}
+    if model_args.base_model_quantization is not None:
+        config = {
+            "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
+            "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        }[model_args.base_model_quantization]
+        options = {"quantization_config": config, "device_map": {"": args.device}}
+    return AutoModelForCausalLM.from_pretrained(
+        model_args.base_model,
+        revision=model_args.base_model_revision,
+        dtype=model_args.base_model_dtype,
+        **options,
     )
 
 

@@ -1,12 +1,10 @@
-"""Recipes: what a YAML and a command line may say, and the texts that they name."""
+"""Recipes: what a YAML and a command line may say."""
 
 from pathlib import Path
 
-import datasets
 import pytest
-from tiny_models import word_tokenizer
 
-from modeling_speculator.trainers import load_texts, pack, parse_recipe, split
+from modeling_speculator.trainers import parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,59 +85,3 @@ def test_a_typo_stops_the_run(recipe, text, flags, complaint):
 def test_a_recipe_that_does_not_exist():
     with pytest.raises(ValueError, match="nowhere.yaml`: there is no such file"):
         parse_recipe(["--config", "nowhere.yaml"])
-
-
-@pytest.fixture
-def tokenizer():
-    return word_tokenizer([*map(str, range(100)), "</s>"], eos_token="</s>")
-
-
-def test_pack_joins_texts_with_the_end_token(tokenizer):
-    texts = datasets.Dataset.from_dict({"body": ["1 2 3", "4 5 6 7", "8"]})
-    rows = pack(texts, tokenizer, sequence_length=4, text_column="body")
-    assert rows["input_ids"][:] == [[1, 2, 3, 100], [4, 5, 6, 7]]
-    assert rows.column_names == ["input_ids"]
-
-
-def test_texts_too_short_for_a_sequence(tokenizer):
-    texts = datasets.Dataset.from_dict({"text": ["1 2 3"]})
-    with pytest.raises(ValueError, match="fewer tokens than one sequence of 64.*sequence_length"):
-        pack(texts, tokenizer, sequence_length=64)
-    with pytest.raises(ValueError, match="no column 'body'.*text_column"):
-        pack(texts, tokenizer, sequence_length=2, text_column="body")
-
-
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
-def test_load_files(tmp_path, suffix):
-    texts = ["a text\nof two lines", "another"]
-    data = datasets.Dataset.from_dict({"text": texts})
-    files = [str(tmp_path / f"0.{suffix}")]
-    if suffix == "txt":
-        files.append(str(tmp_path / "1.txt"))
-        for name, text in zip(files, texts, strict=True):
-            Path(name).write_text(text)
-    elif suffix == "jsonl":
-        data.to_json(files[0])
-    else:
-        data.to_parquet(files[0])
-    assert load_texts(data_files=files)["text"][:] == texts
-
-
-def test_sources_that_are_wrong(tmp_path):
-    with pytest.raises(ValueError, match="one of both"):
-        load_texts()
-    with pytest.raises(ValueError, match="don't exist.*nowhere.txt"):
-        load_texts(data_files=[str(tmp_path / "nowhere.txt")])
-    (tmp_path / "a.docx").touch()
-    with pytest.raises(ValueError, match="of one kind"):
-        load_texts(data_files=[str(tmp_path / "a.docx")])
-
-
-def test_split_holds_out_the_last_rows():
-    rows = datasets.Dataset.from_dict({"input_ids": [[n] for n in range(10)]})
-    train, validation = split(rows, 0.2)
-    assert train["input_ids"][:] == [[n] for n in range(8)]
-    assert validation["input_ids"][:] == [[8], [9]]
-    assert split(rows, 0)[1] is None
-    with pytest.raises(ValueError, match="nothing to train on"):
-        split(rows, 1.0)

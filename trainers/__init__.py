@@ -1,9 +1,11 @@
 """Training of speculators on the Hugging Face Trainer, in the two stages of arXiv 2404.19124."""
 
 from .checkpoints import latest_checkpoint
-from .data import load_texts, pack, split
+from .data import load_rows, load_texts, pack, split
 from .distillation_trainer import DistillationTrainer
+from .dry_run import dry_run
 from .speculator_trainer import SpeculatorTrainer
+from .speculators import load_or_create_speculator
 from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments, parse_recipe
 
 
@@ -13,7 +15,10 @@ __all__ = [
     "ModelArguments",
     "SpeculatorTrainer",
     "SpeculatorTrainingArguments",
+    "dry_run",
     "latest_checkpoint",
+    "load_or_create_speculator",
+    "load_rows",
     "load_texts",
     "pack",
     "parse_recipe",

@@ -79,8 +79,8 @@ class ContinuationSampler:
         tokens = texts[:, prompt_length:]
         return Continuations(states, tokens, self.labels(tokens))
 
-    def write(self, prompts: torch.Tensor, seed: int) -> torch.Tensor:
-        """Prompts and what comes after them, (batch, prompt_length + generation_length)."""
+    def write(self, prompts: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
+        """Prompts and what comes after, (batch, prompt_length + generation_length); one seed, or (batch,) of them."""
         check_positions(self.base_model, prompts.shape[1] + self.generation_length)
         noise = _Noise(text_keys(prompts, seed))
         with torch.autocast(prompts.device.type, enabled=False), self._own_generation_config():

@@ -2,9 +2,11 @@
 
 import torch
 
+from .alignment import TrainingBatch, align
 from .base_model import read
 from .continuations import Continuations
-from .speculator_trainer import SpeculatorTrainer, TrainingBatch
+from .generated import write_continuations
+from .speculator_trainer import SpeculatorTrainer
 
 
 class DistillationTrainer(SpeculatorTrainer):
@@ -35,7 +37,7 @@ class DistillationTrainer(SpeculatorTrainer):
             written = self._read(inputs["input_ids"], inputs["continuation"])
         else:
             written = self._write(inputs["input_ids"], self.args.seed)
-        return self.align(*written)
+        return align(*written, self.n_predict)
 
     def _write(self, prompts: torch.Tensor, seed: int) -> Continuations:
         with self.watch.measure("generation", len(prompts) * self.sampler.generation_length):
@@ -46,3 +48,24 @@ class DistillationTrainer(SpeculatorTrainer):
         with self.watch.measure("base_model", text.numel()):
             states = read(self.base_model, text[:, :-1])[:, prompts.shape[1] - 1 :]
         return Continuations(states, tokens, self.sampler.labels(tokens))
+
+    def write_continuations(self, folder: str) -> None:
+        """Writes the continuations of a whole training to a folder, unless they are there, and trains on those."""
+        sampler, steps = self.sampler, self.args.max_steps * self.args.gradient_accumulation_steps
+        rows = steps * self.args.train_batch_size * self.accelerator.num_processes
+        self.train_dataset = write_continuations(
+            self.train_dataset,
+            sampler,
+            self.accelerator,
+            folder,
+            n_rows=rows if rows > 0 else round(len(self.train_dataset) * self.args.num_train_epochs),
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            described={
+                "base_model": self.base_model.config.name_or_path,
+                "prompt_length": self.prompt_length,
+                "generation_length": sampler.generation_length,
+                "temperature": self.args.generation_temperature,
+                "top_k": self.args.generation_top_k,
+            },
+        )

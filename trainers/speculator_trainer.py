@@ -1,9 +1,9 @@
 """Stage 1: a speculator learns to predict text from the context vectors of a base model that reads it."""
 
 import math
+import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, Trainer
@@ -12,23 +12,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..checks import check_shapes
 from ..evaluation import accepted_drafts, simulate_steps
 from ..families import output_logits
+from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
 from .checkpoints import latest_checkpoint, mark_complete
 from .continuations import Continuations, ContinuationSampler
 from .distribution import are_finite, check_distribution, gathered, place_base_model
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective
+from .provenance import known_before, seconds_in, write_provenance
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
-
-
-class TrainingBatch(NamedTuple):
-    """What the speculator's forward takes, see `MLPSpeculatorPreTrainedModel.forward`, and `Objective`."""
-
-    hidden_states: torch.Tensor
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    next_states: torch.Tensor
 
 
 class SpeculatorTrainer(Trainer):
@@ -41,6 +34,7 @@ class SpeculatorTrainer(Trainer):
             may have `position_ids` that start again with each document: these are then kept apart.
         prompt_length, generation_length: tokens of the prompts that are cut from the evaluation data, and of what the
             base model writes after them, to measure `eval_tokens_per_step` on.
+        facts: what else `provenance.json` shall say, in JSON's types.
 
     Raises:
         ValueError: if base model and speculator don't fit together, the sequences are too short for the heads, or the
@@ -56,6 +50,7 @@ class SpeculatorTrainer(Trainer):
         args: SpeculatorTrainingArguments,
         prompt_length: int = 64,
         generation_length: int = 256,
+        facts: dict | None = None,
         **kwargs,
     ):
         check_shapes(base_model, model)
@@ -90,6 +85,8 @@ class SpeculatorTrainer(Trainer):
             args.generation_cache or ("static" if args.device.type == "cuda" else "dynamic"),
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
+        self.facts = known_before(args, base_model, model) | (facts or {})
+        self.seconds_before, self.started = 0.0, time.perf_counter()
         self._written = None  # prompts of the evaluation, and what the base model wrote after them
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -113,26 +110,7 @@ class SpeculatorTrainer(Trainer):
             labels = text.masked_fill((begins_at > 0) & (position_ids <= self.n_predict), -100)
         with self.watch.measure("base_model", text.numel()):
             states = read(self.base_model, text[:, :-1], None if position_ids is None else position_ids[:, :-1])
-        return self.align(states, text[:, 1:], labels[:, 1:])
-
-    def align(self, states: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> TrainingBatch:
-        """Aligns context vectors with the tokens that come after them.
-
-        The vector at position t, which the base model drew token t from, is trained with the tokens t, t + 1, ... as
-        inputs of the heads, so that head i predicts token t + 1 + i (arXiv 2404.19124, section 3).
-
-        Args:
-            states: (batch, length, emb_dim), what the tokens were drawn from.
-            tokens: (batch, length).
-            labels: (batch, length), the tokens with -100 where nothing shall be predicted.
-        """
-        n = tokens.shape[1] - self.n_predict  # positions where every head has a target
-        if n < 1:
-            raise ValueError(
-                f"Sequences of {tokens.shape[1] + 1} tokens are too short for {self.n_predict} heads, which need "
-                f"{self.n_predict + 2}. Raise `sequence_length` (stage 2: `generation_length`)."
-            )
-        return TrainingBatch(states[:, :n], tokens[:, :-1], labels[:, 1:], states[:, 1:])
+        return align(states, text[:, 1:], labels[:, 1:], self.n_predict)
 
     # A step
 
@@ -195,6 +173,9 @@ class SpeculatorTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self.seconds_before = seconds_in(resume_from_checkpoint)
+        self.started = time.perf_counter()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._read_window()  # of the steps since the last log
         return result
@@ -206,6 +187,14 @@ class SpeculatorTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the speculator, and beside it where it comes from."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            seconds = self.seconds_before + time.perf_counter() - self.started
+            progress = {"steps": self.state.global_step, "seconds": round(seconds, 1)}
+            write_provenance(output_dir or self.args.output_dir, self.facts | progress)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Marks it once it is whole, and only then lets go of older ones."""

@@ -1,0 +1,37 @@
+"""Which context vector is trained with which tokens: the same in both stages."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class TrainingBatch(NamedTuple):
+    """What the speculator's forward takes, see `MLPSpeculatorPreTrainedModel.forward`, and `Objective`."""
+
+    hidden_states: torch.Tensor
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    next_states: torch.Tensor
+
+
+def align(states: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, n_predict: int) -> TrainingBatch:
+    """Aligns context vectors with the tokens that come after them.
+
+    The vector at position t, which the base model drew token t from, is trained with the tokens t, t + 1, ... as
+    inputs of the heads, so that head i predicts token t + 1 + i (arXiv 2404.19124, section 3).
+
+    Args:
+        states: (batch, length, emb_dim), what the tokens were drawn from.
+        tokens: (batch, length).
+        labels: (batch, length), the tokens with -100 where nothing shall be predicted.
+
+    Raises:
+        ValueError: if the texts are too short for the heads.
+    """
+    n = tokens.shape[1] - n_predict  # positions where every head has a target
+    if n < 1:
+        raise ValueError(
+            f"Sequences of {tokens.shape[1] + 1} tokens are too short for {n_predict} heads, which need "
+            f"{n_predict + 2}. Raise `sequence_length` (stage 2: `generation_length`)."
+        )
+    return TrainingBatch(states[:, :n], tokens[:, :-1], labels[:, 1:], states[:, 1:])

@@ -1,0 +1,174 @@
+"""What a recipe would train and need, without a download, a GPU or a step: a mistake costs seconds."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..checks import check_shapes
+from ..families import output_logits
+from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .alignment import TrainingBatch, align
+from .base_model import read
+from .chunked import CHUNK_ELEMENTS
+from .objective import Objective
+from .speculators import new_config
+from .training_args import ModelArguments, parse_recipe
+
+
+GIB = 2**30
+# An H100 SXM's data sheet: dense bf16 products and memory bandwidth; and the share of the former that large products
+# reach in practice.
+FLOPS, BANDWIDTH, UTILISATION = 989e12, 3.35e12, 0.4
+BYTES = {"4bit": 0.5, "8bit": 1.0}  # of a quantized weight
+
+
+def dry_run(args: list[str]) -> dict:
+    """Builds both models of a recipe on the meta device, sends a batch through them, and prints what a run would be.
+
+    `base_model` may be a folder with nothing but a config.json. Dataset and tokenizer are not opened.
+
+    Args:
+        args: a command line, as for `parse_recipe`.
+
+    Returns:
+        What is printed: parameters, GiB per GPU by component, tokens, and an estimate of the time.
+
+    Raises:
+        ValueError: where models, heads and lengths don't fit together.
+    """
+    model_args, data, training = parse_recipe(args)
+    config = AutoConfig.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
+    auto = model_args.base_model_dtype == "auto"
+    dtype = (config.dtype or torch.float32) if auto else getattr(torch, model_args.base_model_dtype)
+    with torch.device("meta"):
+        base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        speculator = MLPSpeculatorPreTrainedModel(_speculator_config(model_args, config, args))
+    check_shapes(base_model, speculator)
+
+    rows = training.per_device_train_batch_size
+    new_tokens = data.sequence_length if training.stage == 1 else data.generation_length
+    length = new_tokens if training.stage == 1 else data.prompt_length + new_tokens
+    text = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    states = read(base_model, text[:, :-1])[:, 1 - new_tokens - (training.stage == 2) :]
+    tokens = text[:, -states.shape[1] :]
+    batch = align(states, tokens, tokens, speculator.config.n_predict)
+    objective = Objective(
+        training.loss,
+        training.weights_of("loss_weights", len(training.loss)),
+        training.weights_of("head_weights", speculator.config.n_predict),
+        speculator.config.top_k_tokens_per_head,
+    )
+    saved = _saved_for_backward(speculator, base_model, objective, batch)
+
+    gpus = training.dry_run_gpus
+    weights = _count(base_model) * BYTES.get(model_args.base_model_quantization, dtype.itemsize)
+    memory = {
+        "base model": weights / (gpus if training.shard_base_model else 1),
+        "base model, a forward": _of_a_forward(base_model, text, data.separate_documents and training.stage == 1),
+        "speculator: weights, gradients, Adam": 16 * _count(speculator),  # in float32
+        "speculator, for its backward": saved,
+        "a chunk of logits and its gradient": 16 * min(CHUNK_ELEMENTS, tokens.numel() * speculator.config.vocab_size),
+    }
+    if training.stage == 2:
+        memory["keys and values of the continuations"] = _key_value_bytes(base_model, text)
+    global_batch = rows * training.gradient_accumulation_steps * gpus
+    seconds = training.gradient_accumulation_steps * _seconds(base_model, speculator, text, training.stage, weights)
+    report = {
+        "stage": training.stage,
+        "base model": f"{model_args.base_model}, {_count(base_model) / 1e9:.3f} B parameters, {dtype}".replace(
+            "torch.", ""
+        ),
+        "speculator": f"{speculator.config.n_predict} heads, {_count(speculator) / 1e6:.1f} M parameters",
+        "batch": f"{tuple(batch.hidden_states.shape)} context vectors, {tuple(batch.labels.shape)} labels a GPU",
+        "gpus": gpus,
+        "sequences a step": global_batch,
+        "tokens a step": global_batch * new_tokens,
+        "steps": training.max_steps,
+        "tokens": training.max_steps * global_batch * new_tokens,
+        "GiB a GPU": {name: round(size / GIB, 2) for name, size in memory.items()},
+        "GiB a GPU in all": round(sum(memory.values()) / GIB, 1),
+        "hours, estimated": round(training.max_steps * seconds / 3600, 1),
+    }
+    _show(report)
+    return report
+
+
+def _speculator_config(model_args: ModelArguments, base_config, args: list[str]):
+    """That of a new speculator, of one that is there, or of the one that another recipe of the folder will make."""
+    if model_args.speculator is None:
+        return new_config(model_args, base_config)
+    here = Path(model_args.speculator)
+    if here.is_dir() or "--config" not in args:
+        return AutoConfig.from_pretrained(model_args.speculator)
+    for recipe in sorted(Path(args[args.index("--config") + 1]).parent.glob("*.yaml")):
+        first, _, training = parse_recipe(["--config", str(recipe), "--base_model", model_args.base_model])
+        if Path(training.output_dir) == here:
+            print(f"{here} is not there yet; it will be what {recipe} makes.")
+            return new_config(first, base_config)
+    return AutoConfig.from_pretrained(model_args.speculator)  # of the Hub, or an error that says what it is not
+
+
+def _saved_for_backward(speculator, base_model: PreTrainedModel, objective: Objective, batch: TrainingBatch) -> int:
+    """Bytes that autograd keeps of a forward, weights and their gradients aside; of float32, an upper bound."""
+    sizes, own = {}, {weight.untyped_storage()._cdata for weight in speculator.parameters()}
+    shapes = {weight.shape for weight in speculator.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own and tensor.shape not in shapes:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    # What it keeps must stay alive until it is counted, or another would get its address.
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        options = {"next_states": batch.next_states, "base_logits": partial(output_logits, base_model)}
+        out = speculator(*batch[:3], objective=partial(objective, **options))
+    assert out.losses.shape == (speculator.config.n_predict,)
+    return sum(sizes.values())
+
+
+def _of_a_forward(base_model: PreTrainedModel, text: torch.Tensor, has_mask: bool) -> float:
+    """Bytes of a layer's intermediate results, which is all that a forward without gradients holds at once."""
+    config = base_model.config.get_text_config(decoder=True)
+    width = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    mask = text.numel() * text.shape[1] * (1 + base_model.dtype.itemsize) if has_mask else 0
+    return text.numel() * width * base_model.dtype.itemsize + mask
+
+
+def _key_value_bytes(base_model: PreTrainedModel, text: torch.Tensor) -> float:
+    config = base_model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    key_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
+    width = key_heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * text.numel() * config.num_hidden_layers * width * base_model.dtype.itemsize
+
+
+def _seconds(base_model, speculator, text: torch.Tensor, stage: int, weights: float) -> float:
+    """Of a micro-step on an H100: products at a usual rate, and generation at the memory's."""
+    modules = speculator.modules()
+    embeddings = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Embedding))
+    flops = text.numel() * (2 * _count(base_model) + 6 * (_count(speculator) - embeddings))
+    reading = 0.0
+    if stage == 2:
+        reading = text.shape[1] * (weights + _key_value_bytes(base_model, text) / 2) / BANDWIDTH
+    return flops / (UTILISATION * FLOPS) + reading
+
+
+def _count(model: PreTrainedModel) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _show(report: dict) -> None:
+    for name, value in report.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for part, size in value.items():
+                print(f"  {part:38}{size:8.2f}")
+        else:
+            print(f"{name:20}{value:,}" if isinstance(value, int) else f"{name:20}{value}")
+    print(
+        f"The speculator is reckoned whole on each GPU; FSDP2 and ZeRO share its state. Hours: of H100s at "
+        f"{UTILISATION:.0%} of {FLOPS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e12} TB/s, without loading and evaluation."
+    )

@@ -1,0 +1,115 @@
+"""The speculator that a recipe asks for: a new one, one that goes on learning, or an adapter for one."""
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from ..configuration_mlp_speculator import MLPSpeculatorConfig
+from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .training_args import ModelArguments
+
+
+logger = logging.getLogger(__name__)
+
+_OF_A_NEW_ONE = (
+    "n_predict",
+    "inner_dim",
+    "top_k_tokens_per_head",
+    "n_candidates",
+    "method",
+    "tie_weights",
+    "scale_input",
+)
+
+
+# All products with weights of either cell; embeddings stay as they are.
+_LORA_TARGETS = r".*(proj|head)\.\d+"
+
+
+def load_or_create_speculator(
+    args: ModelArguments, base_model: PreTrainedModel
+) -> MLPSpeculatorPreTrainedModel | PeftModel:
+    """The speculator to train, in float32: the optimizer's updates are lost in half precision.
+
+    Raises:
+        ValueError: where a recipe describes a new speculator and names one to start from, or neither will do.
+    """
+    if args.speculator is not None:
+        return _to_go_on_with(args)
+    if args.lora_rank is not None:
+        raise ValueError("`lora_rank` adapts a speculator that is there: set `speculator` to its folder or Hub id.")
+    speculator = MLPSpeculatorPreTrainedModel(new_config(args, base_model.config))
+    if args.tie_to_base_model:
+        _tie_to_base_model(speculator, base_model)
+    return speculator
+
+
+def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpeculatorConfig:
+    """The config of a new speculator for a base model.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+    given, config = _given(args), base_config.get_text_config(decoder=True)
+    if args.tie_to_base_model:
+        width = given.get("inner_dim") or config.hidden_size
+        if not given.setdefault("tie_weights", True) or width != config.hidden_size:
+            raise ValueError(
+                f"`tie_to_base_model` makes the base model's embeddings, {config.hidden_size} wide, those of all "
+                "heads: drop `tie_weights` and `inner_dim`."
+            )
+    return MLPSpeculatorConfig(
+        vocab_size=config.vocab_size,
+        emb_dim=config.hidden_size,
+        base_model_name_or_path=args.base_model,
+        **given,
+    )
+
+
+def _given(args: ModelArguments) -> dict:
+    return {key: getattr(args, key) for key in _OF_A_NEW_ONE if getattr(args, key) is not None}
+
+
+def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftModel:
+    described = [*_given(args), *["tie_to_base_model"] * args.tie_to_base_model]
+    if described:
+        raise ValueError(
+            f"{sorted(described)} describe a new speculator, but `speculator: {args.speculator}` starts from one that "
+            "has its own. Drop them, or drop `speculator`."
+        )
+    folder = Path(args.speculator)
+    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+        adapter = PeftConfig.from_pretrained(args.speculator)
+        speculator = AutoModel.from_pretrained(adapter.base_model_name_or_path, dtype=torch.float32)
+        return PeftModel.from_pretrained(speculator, args.speculator, is_trainable=True)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`speculator: {args.speculator}` holds no speculator (no config.json). If its training was interrupted, "
+            "start it again: it goes on from its last checkpoint."
+        )
+    speculator = AutoModel.from_pretrained(args.speculator, dtype=torch.float32)
+    trained_for = getattr(speculator.config, "base_model_name_or_path", None)
+    if trained_for not in (None, args.base_model):
+        logger.warning("%s was trained for %s; it goes on with %s.", args.speculator, trained_for, args.base_model)
+    if args.lora_rank is not None:
+        # alpha = 2 r, as peft's guides recommend.
+        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=_LORA_TARGETS)
+        return get_peft_model(speculator, config)
+    return speculator
+
+
+@torch.no_grad()
+def _tie_to_base_model(speculator: MLPSpeculatorPreTrainedModel, base_model: PreTrainedModel) -> None:
+    """Frozen copies of its embeddings and LM head, for all heads (open question 4 of arXiv 2404.19124)."""
+    pairs = (
+        (speculator.get_input_embeddings(), base_model.get_input_embeddings()),
+        (speculator.speculator.head[0], base_model.get_output_embeddings()),
+    )
+    for ours, theirs in pairs:
+        if hasattr(theirs.weight, "ds_id"):
+            raise ValueError("`tie_to_base_model` needs whole weights, not those of ZeRO-3. Take zero2.yaml.")
+        ours.weight.copy_(theirs.weight)
+        ours.weight.requires_grad_(False)
