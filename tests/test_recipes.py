@@ -33,7 +33,45 @@ def test_shipped_recipes_are_valid(path):
     if training.stage == 1:
         assert len(model.top_k_tokens_per_head) == model.n_predict
     else:
-        assert model.speculator
+        assert model.speculator == parse_recipe(["--config", str(path.with_stem("stage1"))])[2].output_dir
+
+
+PUBLISHED = {  # heads, width, top-k; and the two-stage recipe
+    "llama2-7b": (3, 4096, [5, 3, 2]),
+    "llama2-13b": (3, 4096, [5, 3, 2]),
+    "codellama-13b": (7, 4096, [4, 3, 2, 2, 2, 2, 2]),
+    "granite-20b": (5, 4096, [5, 3, 2, 2, 2]),
+    "llama3.1-8b": (4, 3072, [4, 3, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("target", PUBLISHED)
+def test_targets_have_the_published_recipe(target):
+    n_predict, inner_dim, top_k = PUBLISHED[target]
+    model, data, training = parse_recipe(["--config", str(ROOT / f"recipes/{target}/stage1.yaml")])
+    assert (model.n_predict, model.inner_dim, model.top_k_tokens_per_head) == (n_predict, inner_dim, top_k)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 8
+    assert (data.sequence_length, data.streaming) == (4096, True)
+    _, data2, training2 = parse_recipe(["--config", str(ROOT / f"recipes/{target}/stage2.yaml")])
+    assert training2.per_device_train_batch_size == 96
+    assert (data2.prompt_length, data2.generation_length) == (64, 256)
+    assert (training2.generation_temperature, training2.generation_top_k) == (1.0, 10)
+    for args, steps, peak, warmup in ((training, 15_000, 1e-3, 750), (training2, 6_000, 1e-4, 300)):
+        assert (args.max_steps, args.learning_rate, args.warmup_steps) == (steps, peak, warmup)
+        assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.95, 0.1, 1.0)
+        assert args.bf16 and args.parabolic_schedule and args.loss == ["cross_entropy"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_configs_are_known_to_accelerate(path):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    ClusterConfig.from_yaml_file(str(path))  # raises for keys that it does not know
+
+
+def test_there_is_a_config_for_each_way_to_distribute():
+    names = {path.stem for path in (ROOT / "recipes/accelerate_configs").glob("*.yaml")}
+    assert names == {"single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3"}
 
 
 def test_types_are_those_of_the_fields(recipe):

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -26,7 +27,7 @@ BYTES = {"4bit": 0.5, "8bit": 1.0}  # of a quantized weight
 
 
 def dry_run(args: list[str]) -> dict:
-    """Builds both models of a recipe on the meta device, sends a batch through them, and prints what a run would be.
+    """Builds both models of a recipe without weights, sends a batch through them, and prints what a run would be.
 
     `base_model` may be a folder with nothing but a config.json. Dataset and tokenizer are not opened.
 
@@ -43,15 +44,18 @@ def dry_run(args: list[str]) -> dict:
     config = AutoConfig.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
     auto = model_args.base_model_dtype == "auto"
     dtype = (config.dtype or torch.float32) if auto else getattr(torch, model_args.base_model_dtype)
-    with torch.device("meta"):
-        base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        speculator = MLPSpeculatorPreTrainedModel(_speculator_config(model_args, config, args))
-    check_shapes(base_model, speculator)
+    with FakeTensorMode():  # shapes, dtypes and autograd, but no data: the meta device, with autocast
+        return _dry_run(model_args, data, training, config, dtype, _speculator_config(model_args, config, args))
 
+
+def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_config) -> dict:
+    base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    speculator = MLPSpeculatorPreTrainedModel(speculator_config)
+    check_shapes(base_model, speculator)
     rows = training.per_device_train_batch_size
     new_tokens = data.sequence_length if training.stage == 1 else data.generation_length
     length = new_tokens if training.stage == 1 else data.prompt_length + new_tokens
-    text = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    text = torch.zeros(rows, length, dtype=torch.long)
     states = read(base_model, text[:, :-1])[:, 1 - new_tokens - (training.stage == 2) :]
     tokens = text[:, -states.shape[1] :]
     batch = align(states, tokens, tokens, speculator.config.n_predict)
@@ -61,14 +65,15 @@ def dry_run(args: list[str]) -> dict:
         training.weights_of("head_weights", speculator.config.n_predict),
         speculator.config.top_k_tokens_per_head,
     )
-    saved = _saved_for_backward(speculator, base_model, objective, batch)
+    saved = _saved_for_backward(speculator, base_model, objective, batch, training.bf16)
 
     gpus = training.dry_run_gpus
     weights = _count(base_model) * BYTES.get(model_args.base_model_quantization, dtype.itemsize)
+    state = 16 * _count(speculator)  # in float32
     memory = {
         "base model": weights / (gpus if training.shard_base_model else 1),
         "base model, a forward": _of_a_forward(base_model, text, data.separate_documents and training.stage == 1),
-        "speculator: weights, gradients, Adam": 16 * _count(speculator),  # in float32
+        "speculator: weights, gradients, Adam": state,
         "speculator, for its backward": saved,
         "a chunk of logits and its gradient": 16 * min(CHUNK_ELEMENTS, tokens.numel() * speculator.config.vocab_size),
     }
@@ -90,6 +95,7 @@ def dry_run(args: list[str]) -> dict:
         "tokens": training.max_steps * global_batch * new_tokens,
         "GiB a GPU": {name: round(size / GIB, 2) for name, size in memory.items()},
         "GiB a GPU in all": round(sum(memory.values()) / GIB, 1),
+        "... with FSDP2": round((sum(memory.values()) - state * (1 - 1 / gpus) + 2 * _count(speculator)) / GIB, 1),
         "hours, estimated": round(training.max_steps * seconds / 3600, 1),
     }
     _show(report)
@@ -111,22 +117,24 @@ def _speculator_config(model_args: ModelArguments, base_config, args: list[str])
     return AutoConfig.from_pretrained(model_args.speculator)  # of the Hub, or an error that says what it is not
 
 
-def _saved_for_backward(speculator, base_model: PreTrainedModel, objective: Objective, batch: TrainingBatch) -> int:
-    """Bytes that autograd keeps of a forward, weights and their gradients aside; of float32, an upper bound."""
-    sizes, own = {}, {weight.untyped_storage()._cdata for weight in speculator.parameters()}
-    shapes = {weight.shape for weight in speculator.parameters()}
+def _saved_for_backward(
+    speculator, base_model: PreTrainedModel, objective: Objective, batch: TrainingBatch, bf16: bool
+) -> int:
+    """Bytes that autograd keeps of a forward, weights and their gradients aside."""
+    kept, shapes = {}, {weight.shape for weight in speculator.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in own and tensor.shape not in shapes:
-            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        # A chunk's logits are gone before the next chunk.
+        if tensor.shape not in shapes and tensor.shape[-1:] != (speculator.config.vocab_size,):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage  # and so alive: no other storage gets its address
         return tensor
 
-    # What it keeps must stay alive until it is counted, or another would get its address.
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         options = {"next_states": batch.next_states, "base_logits": partial(output_logits, base_model)}
         out = speculator(*batch[:3], objective=partial(objective, **options))
     assert out.losses.shape == (speculator.config.n_predict,)
-    return sum(sizes.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _of_a_forward(base_model: PreTrainedModel, text: torch.Tensor, has_mask: bool) -> float:
@@ -169,6 +177,6 @@ def _show(report: dict) -> None:
         else:
             print(f"{name:20}{value:,}" if isinstance(value, int) else f"{name:20}{value}")
     print(
-        f"The speculator is reckoned whole on each GPU; FSDP2 and ZeRO share its state. Hours: of H100s at "
+        f"With FSDP2 the speculator's state is shared out, but for its weights in bf16 in a step. Hours: of H100s at "
         f"{UTILISATION:.0%} of {FLOPS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e12} TB/s, without loading and evaluation."
     )
