@@ -34,9 +34,8 @@ def main() -> None:
     base_model = load_base_model(model_args, args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
     speculator = load_or_create_speculator(model_args, base_model)
-    length = data_args.sequence_length if args.stage == 1 else data_args.prompt_length
     with args.main_process_first(desc="tokenizing"):
-        train_rows, validation_rows = load_rows(data_args, tokenizer, length, args.seed)
+        train_rows, validation_rows = load_rows(data_args, tokenizer, args.stage, args.seed)
 
     trainer_class = SpeculatorTrainer if args.stage == 1 else DistillationTrainer
     trainer = trainer_class(

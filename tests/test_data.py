@@ -142,14 +142,18 @@ def stream(tmp_path):
         documents = [" ".join([str(n)] * (n % 7 + 1)) for n in range(30 * file, 30 * file + 30)]
         save(texts(*documents), tmp_path / f"{file}.jsonl")
     return DataArguments(
-        data_files=[str(tmp_path / "*.jsonl")], streaming=True, shuffle_buffer=20, validation_sequences=5
+        data_files=[str(tmp_path / "*.jsonl")],
+        streaming=True,
+        shuffle_buffer=20,
+        validation_sequences=5,
+        sequence_length=16,
     )
 
 
 def test_a_stream_never_ends_and_is_the_same_each_time(stream, tokenizer):
-    first, again = (list(load_rows(stream, tokenizer, 16, seed=3)[0].take(100)) for _ in range(2))
+    first, again = (list(load_rows(stream, tokenizer, seed=3)[0].take(100)) for _ in range(2))
     assert first == again
-    other = list(load_rows(stream, tokenizer, 16, seed=4)[0].take(100))
+    other = list(load_rows(stream, tokenizer, seed=4)[0].take(100))
     assert first != other
     tokens = torch.tensor([row["input_ids"] for row in first]).flatten()
     ends = (tokens == END).nonzero().flatten().tolist()
@@ -162,7 +166,7 @@ def test_a_stream_never_ends_and_is_the_same_each_time(stream, tokenizer):
 
 
 def test_what_a_stream_holds_out_is_not_trained_on(stream, tokenizer):
-    train, held_out = load_rows(stream, tokenizer, 16)
+    train, held_out = load_rows(stream, tokenizer)
     assert len(held_out) == 5
     seen = {token for row in train.take(200) for token in row["input_ids"]} - {END}
     kept = {token for row in held_out for token in row["input_ids"]} - {END}
@@ -171,10 +175,20 @@ def test_what_a_stream_holds_out_is_not_trained_on(stream, tokenizer):
     assert len(kept | seen) == 90
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_both_stages(stream, tokenizer, streaming):
+    stream.streaming, stream.prompt_length = streaming, 12
+    for stage, length, columns in ((1, 16, {"input_ids", "position_ids"}), (2, 12, {"input_ids"})):
+        for rows in load_rows(stream, tokenizer, stage):
+            row = next(iter(rows))
+            assert len(row["input_ids"]) == length
+            assert row.keys() == columns
+
+
 def test_a_stream_too_short_to_hold_out(stream, tokenizer):
     stream.validation_sequences = 1000
     with pytest.raises(ValueError, match="too few to hold 1000 of them out.*validation_sequences"):
-        load_rows(stream, tokenizer, 16)
+        load_rows(stream, tokenizer)
 
 
 def test_rows_do_not_depend_on_how_they_are_loaded(stream, tokenizer):

@@ -1,6 +1,6 @@
 """Training of speculators on the Hugging Face Trainer, in the two stages of arXiv 2404.19124."""
 
-from .checkpoints import latest_checkpoint
+from .checkpoints import SafeTrainer, latest_checkpoint
 from .data import load_rows, load_texts, pack, split
 from .distillation_trainer import DistillationTrainer
 from .dry_run import dry_run
@@ -13,6 +13,7 @@ __all__ = [
     "DataArguments",
     "DistillationTrainer",
     "ModelArguments",
+    "SafeTrainer",
     "SpeculatorTrainer",
     "SpeculatorTrainingArguments",
     "dry_run",

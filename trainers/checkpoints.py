@@ -1,13 +1,37 @@
-"""Which checkpoints of a run are whole. `Trainer` writes them in place, and takes the one of the highest number."""
+"""Checkpoints that say when they are whole: `Trainer` writes them in place, and takes that of the highest number."""
 
 import json
 import os
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 
 MARKER = "complete.json"  # {file: bytes} of everything else in a checkpoint, written when that is on disk
+
+
+class SafeTrainer(Trainer):
+    """A `Trainer` that marks its checkpoints once they are whole, and goes on from the newest of those."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Lets go of older checkpoints only when this one is whole."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run_dir = self._get_output_dir(trial=trial)
+            mark_complete(Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -34,7 +34,8 @@ class ContinuationSampler:
     Args:
         base_model: as `base_model.place` has placed it.
         generation_length: tokens after each prompt.
-        temperature, top_k: of the distribution that tokens are drawn from (published recipe: 1.0 and 10).
+        temperature, top_k: of the distribution that tokens are drawn from (published recipe: 1.0 and 10); greedy at a
+            temperature of 0.
         cache_implementation: "static" compiles the forward on a GPU; the context vectors then take another, parallel
             forward over the finished text. With "dynamic" they are recorded while the text is written.
     """
@@ -48,7 +49,8 @@ class ContinuationSampler:
         cache_implementation: str = "dynamic",
     ):
         self.base_model, self.generation_length = base_model, generation_length
-        self.warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+        self.is_greedy = temperature == 0
+        self.warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
         self.warpers.append(TopKLogitsWarper(top_k))
         eos = base_model.generation_config.eos_token_id
         self.eos_token_ids = torch.tensor([] if eos is None else eos, dtype=torch.long).flatten()
@@ -82,13 +84,13 @@ class ContinuationSampler:
     def write(self, prompts: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
         """Prompts and what comes after, (batch, prompt_length + generation_length); one seed, or (batch,) of them."""
         check_positions(self.base_model, prompts.shape[1] + self.generation_length)
-        noise = _Noise(text_keys(prompts, seed))
+        processors = [] if self.is_greedy else [*self.warpers, _Noise(text_keys(prompts, seed))]
         with torch.autocast(prompts.device.type, enabled=False), self._own_generation_config():
             texts = self.base_model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=self.config,
-                logits_processor=[*self.warpers, noise],
+                logits_processor=processors,
                 synced_gpus=is_sharded(self.base_model),
             )
         length = prompts.shape[1] + self.generation_length

@@ -18,8 +18,8 @@ _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant
 Texts = datasets.Dataset | datasets.IterableDataset
 
 
-def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
-    """What to train on, and what is held out (None where nothing is): rows of `length` tokens.
+def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, stage: int = 1, seed: int = 0):
+    """What to train on, and what is held out (None where nothing is): sequences, or prompts in stage 2.
 
     A stream never ends: it begins anew, in another order. Its validation rows come from its first texts, which it then
     leaves out.
@@ -32,7 +32,10 @@ def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, length: i
         ValueError: where the data can't be found or read, or are too few.
     """
     texts = load_texts(data)
-    options = tokenizer, length, data.text_column, data.separate_documents
+    # A prompt is whatever comes before a continuation: the end of another document, too.
+    cut = (data.sequence_length, data.separate_documents) if stage == 1 else (data.prompt_length, False)
+    length, separate_documents = cut
+    options = tokenizer, length, data.text_column, separate_documents
     if not data.streaming:
         return split(pack(texts, *options), data.validation_fraction, data.validation_sequences)
     if not data.validation_fraction:
@@ -186,7 +189,7 @@ def _forever(texts: datasets.IterableDataset) -> Iterator[dict]:
             is_empty = False
             yield text
         if is_empty:
-            raise ValueError("The stream has no texts (left).")
+            raise ValueError("The stream has no texts left to train on. Give more, or lower `validation_sequences`.")
 
 
 def _tokenized(

@@ -18,12 +18,12 @@ def per_head(name: str, values) -> dict[str, float]:
 
 def head_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Loss and accuracy per head, from the rows that `SpeculatorTrainer.prediction_step` returns."""
-    correct, correct_top_k, losses = prediction.predictions
+    losses, correct, correct_top_k = prediction.predictions
     counted = prediction.label_ids.sum(0).clip(min=1)
     return (
         per_head("accuracy", correct.sum(0) / counted)
         | per_head("accuracy_top_k", correct_top_k.sum(0) / counted)
-        | per_head("loss", losses.mean(0))
+        | per_head("loss", losses.sum(0) / counted)
     )
 
 
@@ -35,7 +35,7 @@ class HeadWindow:
 
     def add(self, outputs: ObjectiveOutput) -> None:
         counts = [outputs.correct, outputs.correct_top_k, outputs.counted]
-        sums = torch.stack([outputs.losses.detach(), *(count.sum(0).float() for count in counts)]).double()
+        sums = torch.stack([outputs.losses.detach(), *(count.sum(0) for count in counts)]).double()
         self.sums = sums if self.sums is None else self.sums + sums
         self.batches += 1
 

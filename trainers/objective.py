@@ -16,6 +16,7 @@ class ObjectiveOutput(ModelOutput):
     """
     loss: scalar, the sum of `losses`, each by its head's weight.
     losses: (n_predict,), the mean loss of each head over the positions that count.
+    row_losses: (batch, n_predict), the sums of each row's losses.
     correct, correct_top_k: (batch, n_predict), positions where the true token is the head's first choice, or one of
         the `top_k_tokens_per_head` that it drafts.
     counted: (batch, n_predict), positions that count: those whose label is not -100.
@@ -23,6 +24,7 @@ class ObjectiveOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     losses: torch.Tensor | None = None
+    row_losses: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     correct_top_k: torch.Tensor | None = None
     counted: torch.Tensor | None = None
@@ -94,26 +96,28 @@ class Objective:
             )
             loss, values = chunked_linear(linear, speculator.features(state).flatten(0, 1), score, self.chunk_elements)
             sums.append(loss)
-            observed.append(values.view(batch, n, 3))
+            observed.append(values.view(batch, n, 4))
             tokens = input_ids[:, head + 1 : head + 1 + n]
             if training and self.unrolled_share and head + 1 < len(speculator.head):
                 own = torch.rand(tokens.shape, device=tokens.device) < self.unrolled_share
-                tokens = torch.where(own, observed[-1][:, :, 0], tokens)
+                tokens = torch.where(own, observed[-1][:, :, 3].long(), tokens)
         targets = labels.unfold(1, n, 1).transpose(0, 1)  # (n_predict, batch, n)
         counted = (targets != -100).sum(-1)  # (n_predict, batch)
         divisor = counted.sum(-1) if counted_everywhere is None else counted_everywhere(counted.sum(-1))
         losses = torch.stack(sums) / divisor.clamp(min=torch.finfo(torch.float32).tiny)
         loss = (losses * losses.new_tensor(self.head_weights)).sum()
-        hits = torch.stack(observed)[..., 1:].sum(2)  # (n_predict, batch, 2)
-        return ObjectiveOutput(loss, losses, hits[..., 0].T, hits[..., 1].T, counted.T)
+        row_losses, correct, correct_top_k, _ = torch.stack(observed).sum(2).unbind(-1)  # (n_predict, batch)
+        return ObjectiveOutput(loss, losses, row_losses.T, correct.T, correct_top_k.T, counted.T)
 
     def _score(self, logits, at, top_k, labels, next_states, base_logits):
-        """The sum of losses of a chunk; the head's choice, whether it is right, and whether it is drafted."""
+        """The sum of losses of a chunk; of each position the loss, if the head is right, drafts it, its choice."""
         labels = labels[at]
         with torch.no_grad():
             theirs = base_logits(next_states[at]).float() if self.needs_distribution else None
             choice = logits.argmax(-1)
             truth = logits.gather(1, labels.clamp(min=0)[:, None])
             drafted = ((logits > truth).sum(-1) < top_k) & (labels != -100)
-            values = torch.stack([choice, choice == labels, drafted], dim=-1)
-        return mixed(self.losses, self.loss_weights, logits, labels, theirs).sum(), values
+        losses = mixed(self.losses, self.loss_weights, logits, labels, theirs)
+        # A token is exact in float32, up to 2^24.
+        values = [losses.detach(), (choice == labels).float(), drafted.float(), choice.float()]
+        return losses.sum(), torch.stack(values, dim=-1)

@@ -3,18 +3,17 @@
 import math
 import time
 from functools import partial
-from pathlib import Path
+from operator import mul
 
 import torch
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PreTrainedModel
 
 from ..checks import check_shapes
 from ..evaluation import accepted_drafts, simulate_steps
 from ..families import output_logits
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
-from .checkpoints import latest_checkpoint, mark_complete
+from .checkpoints import SafeTrainer, latest_checkpoint
 from .continuations import Continuations, ContinuationSampler
 from .distribution import are_finite, check_distribution, gathered, place_base_model
 from .metrics import HeadWindow, Stopwatch, head_metrics
@@ -24,7 +23,10 @@ from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
 
 
-class SpeculatorTrainer(Trainer):
+_ROWS_TO_WRITE = 32  # prompts of the evaluation continued at once
+
+
+class SpeculatorTrainer(SafeTrainer):
     """Trains a speculator on sequences of `input_ids`, beside a frozen base model.
 
     Args:
@@ -77,17 +79,18 @@ class SpeculatorTrainer(Trainer):
         if any("position_ids" in (getattr(data, "column_names", None) or ()) for data in self._datasets()):
             check_separation(self.base_model, args.device)
         self.prompt_length = prompt_length
-        self.sampler = ContinuationSampler(
-            self.base_model,
-            generation_length,
-            args.generation_temperature,
-            args.generation_top_k,
-            args.generation_cache or ("static" if args.device.type == "cuda" else "dynamic"),
-        )
+        cache = args.generation_cache or ("static" if args.device.type == "cuda" else "dynamic")
+
+        def sampler(temperature: float) -> ContinuationSampler:
+            return ContinuationSampler(self.base_model, generation_length, temperature, args.generation_top_k, cache)
+
+        self.sampler = sampler(args.generation_temperature)
+        # What acceptance is measured on: a suffix of the metric, and how its texts are written.
+        self.evaluation_samplers = {"": sampler(0.0), "_sampled": self.sampler}
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
         self.facts = known_before(args, base_model, model) | (facts or {})
         self.seconds_before, self.started = 0.0, time.perf_counter()
-        self._written = None  # prompts of the evaluation, and what the base model wrote after them
+        self._written = {}  # of each of these: prompts, and what the base model wrote after them
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "position_ids", "continuation"]
@@ -197,19 +200,9 @@ class SpeculatorTrainer(Trainer):
             write_provenance(output_dir or self.args.output_dir, self.facts | progress)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Marks it once it is whole, and only then lets go of older ones."""
+        """Keeps nothing of a run that has gone wrong."""
         self._require(self.heads.is_finite() and are_finite(self.model))
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
-            mark_complete(Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     # Evaluation
 
@@ -218,28 +211,24 @@ class SpeculatorTrainer(Trainer):
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
         with torch.random.fork_rng(devices):
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.compute_metrics is head_metrics:  # Trainer's own is a mean over batches, whatever counts in each
+            by_head = [output.metrics[f"{metric_key_prefix}_loss_head_{head + 1}"] for head in range(self.n_predict)]
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(map(mul, by_head, self.objective.head_weights))
         if self.args.evaluation_prompts:
-            tokens_per_step = self._tokens_per_step(dataloader.dataset)
-            output.metrics[f"{metric_key_prefix}_tokens_per_step"] = tokens_per_step
+            prompts = self._evaluation_prompts(dataloader.dataset)
+            for suffix in self.evaluation_samplers:
+                name = f"{metric_key_prefix}_tokens_per_step{suffix}"
+                output.metrics[name] = self._tokens_per_step(self._texts(suffix, prompts))
         self.watch = Stopwatch(self.args.device)  # the time since the last log was not all spent in training
         return output
 
     @torch.no_grad()
-    def _tokens_per_step(self, dataset) -> float:
+    def _tokens_per_step(self, texts: list[Continuations]) -> float:
         """Expected tokens per step with the configured candidates, on what the base model itself writes."""
-        prompts = self._evaluation_prompts(dataset)
-        if self._written is None or not torch.equal(self._written[0], prompts):  # once: the base model never changes
-            self._written = (
-                prompts,
-                [
-                    Continuations(*(part.cpu() for part in self.sampler(some.to(self.args.device), self.args.seed)))
-                    for some in prompts.split(self.args.eval_batch_size)
-                ],
-            )
         steps = tokens = 0
         speculator = self.accelerator.unwrap_model(self.model)
         with gathered(self.model), self.accelerator.autocast():
-            for written in self._written[1]:
+            for written in texts:
                 written = Continuations(*(part.to(self.args.device) for part in written))
                 accepted = accepted_drafts(speculator, written.states, written.labels)
                 some_steps, some_tokens = simulate_steps(accepted, (written.labels != -100).sum(-1))
@@ -248,11 +237,24 @@ class SpeculatorTrainer(Trainer):
         steps, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
         return tokens / max(1, steps)
 
+    def _texts(self, suffix: str, prompts: torch.Tensor) -> list[Continuations]:
+        """Continuations of prompts, written once: the base model never changes."""
+        before, texts = self._written.get(suffix, (None, None))
+        if before is None or not torch.equal(before, prompts):
+            write = self.evaluation_samplers[suffix]
+            texts = [write(some.to(self.args.device), self.args.seed) for some in prompts.split(_ROWS_TO_WRITE)]
+            texts = [Continuations(*(part.cpu() for part in written)) for written in texts]
+            for row in range(self._own_prompts, len(prompts)):  # of another process: they count there
+                texts[row // _ROWS_TO_WRITE].labels[row % _ROWS_TO_WRITE] = -100
+            self._written[suffix] = prompts, texts
+        return texts
+
     def _evaluation_prompts(self, dataset) -> torch.Tensor:
         """This process's share of the first rows' first tokens, (prompts, prompt_length), as many in every process."""
         rows = min(len(dataset), self.args.evaluation_prompts)
         share = -(-rows // self.accelerator.num_processes)
         first = self.accelerator.process_index * share
+        self._own_prompts = max(0, min(share, rows - first))
         return torch.tensor(
             [dataset[at % rows]["input_ids"][: self.prompt_length] for at in range(first, first + share)]
         )
@@ -261,5 +263,5 @@ class SpeculatorTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        losses = outputs.losses.expand_as(outputs.correct)
-        return loss, (outputs.correct, outputs.correct_top_k, losses.contiguous()), outputs.counted
+        of_rows = (outputs.row_losses, outputs.correct, outputs.correct_top_k)
+        return loss, tuple(values.contiguous() for values in of_rows), outputs.counted.contiguous()

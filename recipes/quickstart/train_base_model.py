@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from modeling_speculator.trainers import latest_checkpoint, load_texts, pack
+from modeling_speculator.trainers import DataArguments, SafeTrainer, load_texts, pack
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -26,7 +26,8 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(0)
     tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
-    rows = pack(load_texts(data_files=[str(args.corpus)]), tokenizer, SEQUENCE_LENGTH)
+    texts = load_texts(DataArguments(data_files=[str(args.corpus)]))
+    rows = pack(texts, tokenizer, SEQUENCE_LENGTH, separate_documents=False)
     rows = rows.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -43,7 +44,7 @@ def main() -> None:
         )
     )
     print(f"{model.num_parameters():,} parameters, {len(rows) * SEQUENCE_LENGTH:,} tokens to train on")
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
@@ -64,7 +65,7 @@ def main() -> None:
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=latest_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     trainer.save_state()
 
