@@ -23,7 +23,8 @@ class DistillationTrainer(SpeculatorTrainer):
         if samples and "continuation" not in samples[0]:
             prompts = [sample["input_ids"] for sample in samples]
             # Evaluation's seed is that of no step.
-            written = self._write(torch.cat(prompts).to(device), self.args.seed + 2**32 * (self.state.global_step + 1))
+            seed = self.generation_seed + 2**32 * (self.state.global_step + 1)
+            written = self._write(torch.cat(prompts).to(device), seed)
             sizes = [len(some) for some in prompts]
             parts = zip(*(part.split(sizes) for part in written), strict=True)
             samples = [Continuations(*part)._asdict() for part in parts]
@@ -36,7 +37,7 @@ class DistillationTrainer(SpeculatorTrainer):
         elif "continuation" in inputs:
             written = self._read(inputs["input_ids"], inputs["continuation"])
         else:
-            written = self._write(inputs["input_ids"], self.args.seed)
+            written = self._write(inputs["input_ids"], self.generation_seed)
         return align(*written, self.n_predict)
 
     def _write(self, prompts: torch.Tensor, seed: int) -> Continuations:
@@ -60,7 +61,7 @@ class DistillationTrainer(SpeculatorTrainer):
             folder,
             n_rows=rows if rows > 0 else round(len(self.train_dataset) * self.args.num_train_epochs),
             batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
+            seed=self.generation_seed,
             described={
                 "base_model": self.base_model.config.name_or_path,
                 "prompt_length": self.prompt_length,

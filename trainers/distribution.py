@@ -59,8 +59,22 @@ def place_base_model(base_model: PreTrainedModel, accelerator: Accelerator, shar
         raise ValueError(
             "`shard_base_model` needs several processes to shard over: start them with `accelerate launch`."
         )
-    if zero3:
-        return _own_zero3_engine(base_model, accelerator)
+    whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base_model.parameters())
+    base_model = _own_zero3_engine(base_model, accelerator) if zero3 else _fully_sharded(base_model, accelerator)
+    held = sum(_held_here(weight) for weight in base_model.parameters())
+    if held > 1.5 * whole / accelerator.num_processes:
+        raise RuntimeError(f"The base model was to be sharded, but this process holds {held} of its {whole} weights.")
+    return base_model
+
+
+def _held_here(weight: nn.Parameter) -> int:
+    """How many numbers of a weight this process holds when nobody uses it."""
+    if isinstance(weight, DTensor):
+        return weight.to_local().numel()
+    return weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel()
+
+
+def _fully_sharded(base_model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     layers = [module for module in base_model.modules() if type(module).__name__ in base_model._no_split_modules]
     if not layers:
         raise ValueError(f"{type(base_model).__name__} does not say what its layers are: it can't be sharded.")

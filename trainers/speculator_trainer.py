@@ -79,6 +79,7 @@ class SpeculatorTrainer(SafeTrainer):
         if any("position_ids" in (getattr(data, "column_names", None) or ()) for data in self._datasets()):
             check_separation(self.base_model, args.device)
         self.prompt_length = prompt_length
+        self.generation_seed = args.seed if args.generation_seed is None else args.generation_seed
         cache = args.generation_cache or ("static" if args.device.type == "cuda" else "dynamic")
 
         def sampler(temperature: float) -> ContinuationSampler:
@@ -242,7 +243,7 @@ class SpeculatorTrainer(SafeTrainer):
         before, texts = self._written.get(suffix, (None, None))
         if before is None or not torch.equal(before, prompts):
             write = self.evaluation_samplers[suffix]
-            texts = [write(some.to(self.args.device), self.args.seed) for some in prompts.split(_ROWS_TO_WRITE)]
+            texts = [write(some.to(self.args.device), self.generation_seed) for some in prompts.split(_ROWS_TO_WRITE)]
             texts = [Continuations(*(part.cpu() for part in written)) for written in texts]
             for row in range(self._own_prompts, len(prompts)):  # of another process: they count there
                 texts[row // _ROWS_TO_WRITE].labels[row % _ROWS_TO_WRITE] = -100
@@ -250,7 +251,7 @@ class SpeculatorTrainer(SafeTrainer):
         return texts
 
     def _evaluation_prompts(self, dataset) -> torch.Tensor:
-        """This process's share of the first rows' first tokens, (prompts, prompt_length), as many in every process."""
+        """This process's share of some rows' first tokens, (prompts, prompt_length), as many in every process."""
         rows = min(len(dataset), self.args.evaluation_prompts)
         share = -(-rows // self.accelerator.num_processes)
         first = self.accelerator.process_index * share

@@ -38,10 +38,11 @@ def load_or_create_speculator(
         ValueError: where a recipe describes a new speculator and names one to start from, or neither will do.
     """
     if args.speculator is not None:
-        return _to_go_on_with(args)
-    if args.lora_rank is not None:
+        speculator = _to_go_on_with(args)
+    elif args.lora_rank is not None:
         raise ValueError("`lora_rank` adapts a speculator that is there: set `speculator` to its folder or Hub id.")
-    speculator = MLPSpeculatorPreTrainedModel(new_config(args, base_model.config))
+    else:
+        speculator = MLPSpeculatorPreTrainedModel(new_config(args, base_model.config))
     if args.tie_to_base_model:
         _tie_to_base_model(speculator, base_model)
     return speculator
@@ -74,11 +75,10 @@ def _given(args: ModelArguments) -> dict:
 
 
 def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftModel:
-    described = [*_given(args), *["tie_to_base_model"] * args.tie_to_base_model]
-    if described:
+    if _given(args):
         raise ValueError(
-            f"{sorted(described)} describe a new speculator, but `speculator: {args.speculator}` starts from one that "
-            "has its own. Drop them, or drop `speculator`."
+            f"{sorted(_given(args))} describe a new speculator, but `speculator: {args.speculator}` starts from one "
+            "that has its own. Drop them, or drop `speculator`."
         )
     folder = Path(args.speculator)
     if folder.is_dir() and (folder / "adapter_config.json").is_file():
@@ -104,6 +104,12 @@ def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftM
 @torch.no_grad()
 def _tie_to_base_model(speculator: MLPSpeculatorPreTrainedModel, base_model: PreTrainedModel) -> None:
     """Frozen copies of its embeddings and LM head, for all heads (open question 4 of arXiv 2404.19124)."""
+    width = base_model.config.get_text_config(decoder=True).hidden_size
+    if not speculator.config.tie_weights or (speculator.config.inner_dim or width) != width:
+        raise ValueError(
+            f"`tie_to_base_model` needs a speculator whose heads are tied and as wide as the base model, {width}: one "
+            "that was trained with `tie_to_base_model` before."
+        )
     pairs = (
         (speculator.get_input_embeddings(), base_model.get_input_embeddings()),
         (speculator.speculator.head[0], base_model.get_output_embeddings()),

@@ -90,6 +90,9 @@ class SpeculatorTrainingArguments(TrainingArguments):
     generation_cache: str | None = field(
         default=None, metadata={"help": '"static" (compiled on a GPU) or "dynamic"; null: static on a GPU.'}
     )
+    generation_seed: int | None = field(
+        default=None, metadata={"help": "Of the continuations; null: that of the training."}
+    )
     evaluation_prompts: int = field(
         default=64, metadata={"help": "Held-out prompts to measure tokens per step on; 0: don't."}
     )

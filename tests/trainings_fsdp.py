@@ -1,0 +1,37 @@
+"""`trainings.py` with FSDP2 on CPUs: accelerate shards over processes with GPUs only, so it is told that these are."""
+
+import accelerate.state
+import trainings
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from modeling_speculator.trainers import SpeculatorTrainer
+
+
+PartialState(cpu=True)
+forget = accelerate.state.AcceleratorState._reset_state
+
+
+def forget_and_claim_gpus(reset_partial_state=False):
+    """For `TrainingArguments`, which begins by forgetting what is known of the processes."""
+    forget(False)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+accelerate.state.AcceleratorState._reset_state = staticmethod(forget_and_claim_gpus)
+PartialState._reset_state = staticmethod(lambda: None)
+
+train = SpeculatorTrainer.train
+
+
+def train_and_tell(self, *args, **kwargs):
+    result = train(self, *args, **kwargs)
+    assert self.accelerator.distributed_type == DistributedType.FSDP
+    assert all(isinstance(weight, DTensor) for weight in self.model.parameters())
+    print("a share of the speculator")
+    return result
+
+
+SpeculatorTrainer.train = train_and_tell
+trainings.main()
