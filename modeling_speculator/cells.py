@@ -49,6 +49,9 @@ class Cell(nn.Module):
             hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6) / math.sqrt(2)
         return hidden_states
 
+    def freeze_unread(self) -> None:
+        """Takes weights that nothing reads out of training, where a checkpoint holds such."""
+
     def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """One step of the recurrence: the state after `input_ids`.
 
@@ -120,6 +123,9 @@ class GatedMLPSpeculator(Cell):
 
         self.forget_emb = nn.ModuleList([nn.Embedding(config.vocab_size, self.inner_dim)])  # for all four
         self.forget_proj, self.input_proj, self.output_proj, self.cell_proj = (projections() for _ in range(4))
+        self.freeze_unread()
+
+    def freeze_unread(self) -> None:
         # There is no cell state yet to forget: the published files hold this weight, but nothing reads it.
         self.forget_proj[0].requires_grad_(False)
         self.cell_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])

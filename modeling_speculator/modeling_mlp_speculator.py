@@ -75,6 +75,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 f"({'; '.join(problems)}). Check `n_predict`, `emb_dim`, `inner_dim`, `vocab_size` and `tie_weights` "
                 "there, and that the download is complete."
             )
+        model.speculator.freeze_unread()
         return (model, info) if output_loading_info else model
 
     def forward(

@@ -1,0 +1,154 @@
+"""Which speculator a recipe trains: a new one, one that goes on, an adapter; and base models that have one."""
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import VOCAB, tiny_model
+from trainings import rows, speculator
+from transformers import AutoModel, AutoModelForCausalLM
+
+from modeling_speculator import MLPSpeculatorPreTrainedModel
+from modeling_speculator.trainers import (
+    DistillationTrainer,
+    ModelArguments,
+    SpeculatorTrainer,
+    SpeculatorTrainingArguments,
+    load_or_create_speculator,
+)
+from modeling_speculator.trainers.base_model import read
+
+
+def arguments(folder, **options):
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return SpeculatorTrainingArguments(output_dir=str(folder), **defaults | quiet | options)
+
+
+def train(folder, model, base_model, stage=2):
+    trainer_class = SpeculatorTrainer if stage == 1 else DistillationTrainer
+    trainer = trainer_class(model, base_model, arguments(folder), 6, 9, train_dataset=rows(16, 12))
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def test_a_new_one_fits_the_base_model(llama):
+    args = ModelArguments(base_model="here", n_predict=2, inner_dim=24, top_k_tokens_per_head=[4, 2], n_candidates=3)
+    config = load_or_create_speculator(args, llama).config
+    assert (config.vocab_size, config.emb_dim, config.inner_dim) == (VOCAB, 32, 24)
+    assert (config.n_predict, config.top_k_tokens_per_head, config.n_candidates) == (2, [4, 2], 3)
+    assert config.base_model_name_or_path == "here"
+    gated = ModelArguments(base_model="here", method="sum_lstm", tie_weights=True, scale_input=True)
+    config = load_or_create_speculator(gated, llama).config
+    assert (config.method, config.tie_weights, config.scale_input) == ("sum_lstm", True, True)
+
+
+def test_one_that_goes_on_is_trained_in_float32(tmp_path, llama):
+    speculator().half().save_pretrained(tmp_path)
+    assert (
+        load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama).dtype
+        == torch.float32
+    )
+
+
+def test_what_does_not_go_together(tmp_path, llama):
+    with pytest.raises(ValueError, match="'n_predict'.*describe a new speculator"):
+        load_or_create_speculator(ModelArguments(base_model="x", speculator="y", n_predict=2), llama)
+    with pytest.raises(ValueError, match="`lora_rank` adapts a speculator that is there"):
+        load_or_create_speculator(ModelArguments(base_model="x", lora_rank=2), llama)
+    with pytest.raises(ValueError, match="drop `tie_weights` and `inner_dim`"):
+        load_or_create_speculator(ModelArguments(base_model="x", tie_to_base_model=True, inner_dim=24), llama)
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="holds no speculator.*it goes on from its last checkpoint"):
+        load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama)
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+def test_tied_to_the_base_model(tmp_path, llama, method):
+    args = {"base_model": "x", "method": method, "tie_to_base_model": True}
+    model = load_or_create_speculator(ModelArguments(**args), llama)
+    for stage in (1, 2):
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        train(tmp_path, model, llama, stage)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded.get_input_embeddings().weight, llama.get_input_embeddings().weight)
+        for head in loaded.speculator.head:
+            assert torch.equal(head.weight, llama.lm_head.weight)
+        still = {name for name, weight in loaded.named_parameters() if torch.equal(weight, before[name])}
+        assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == still
+        args = {"base_model": "x", "speculator": str(tmp_path), "tie_to_base_model": True}
+        model = load_or_create_speculator(ModelArguments(**args), llama)
+    untied = tmp_path / "untied"
+    speculator().save_pretrained(untied)
+    with pytest.raises(ValueError, match="whose heads are tied and as wide as the base model, 32"):
+        load_or_create_speculator(ModelArguments(**args | {"speculator": str(untied)}), llama)
+
+
+def test_an_adapter(tmp_path, llama):
+    """Trained, saved, loaded by name, gone on with, merged; the weights that it adapts stay as they are."""
+    whole, adapter = tmp_path / "whole", tmp_path / "adapter"
+    speculator().save_pretrained(whole)
+    args = ModelArguments(base_model="x", speculator=str(whole), lora_rank=2)
+    model = load_or_create_speculator(args, llama)
+    assert {name.split(".lora_")[0].split(".")[-2] for name, w in model.named_parameters() if w.requires_grad} == {
+        "proj",
+        "head",
+    }
+    train(adapter, model, llama)
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert not (adapter / "model.safetensors").exists()
+    inputs = torch.randn(2, 5, 32), torch.randint(VOCAB, (2, 7))
+    logits = model(*inputs).logits
+    original = AutoModel.from_pretrained(whole)
+    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), speculator().parameters(), strict=True))
+    assert not torch.allclose(original(*inputs).logits, logits)
+
+    by_name = AutoModel.from_pretrained(adapter)  # its base is named in its config
+    assert type(by_name) is MLPSpeculatorPreTrainedModel
+    torch.testing.assert_close(by_name(*inputs).logits, logits)
+    original.load_adapter(str(adapter))
+    torch.testing.assert_close(original(*inputs).logits, logits)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(*inputs).logits, logits, atol=1e-5, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(
+        AutoModel.from_pretrained(tmp_path / "merged")(*inputs).logits, logits, atol=1e-5, rtol=1e-4
+    )
+
+    again = load_or_create_speculator(ModelArguments(base_model="x", speculator=str(adapter)), llama)
+    assert isinstance(again, PeftModel)
+    torch.testing.assert_close(again(*inputs).logits, logits)
+    assert any(weight.requires_grad for weight in again.parameters())
+
+    text = torch.arange(5)[None]
+    options = {"attention_mask": torch.ones_like(text), "max_new_tokens": 12, "do_sample": False}
+    expected = llama.generate(text, **options)
+    for assistant in (by_name, again):
+        assert torch.equal(llama.generate(text, **options, assistant_model=assistant), expected)
+
+
+def adapted(base_model):
+    torch.manual_seed(1)
+    model = get_peft_model(base_model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False))
+    return model.eval()
+
+
+def test_a_base_model_is_used_with_its_adapter_on(tmp_path):
+    """As a peft model, and loaded from an adapter's folder."""
+    plain, text = tiny_model("llama"), torch.randint(VOCAB, (2, 12))
+    without = read(plain, text)
+    plain.save_pretrained(tmp_path / "base")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    for base_model in (model, loaded):
+        states = (
+            SpeculatorTrainer(speculator(), base_model, arguments(tmp_path)).batch({"input_ids": text}).hidden_states
+        )
+        assert not torch.allclose(states, without[:, : states.shape[1]])
+        torch.testing.assert_close(states, read(model.merge_adapter() or model, text)[:, : states.shape[1]])
+        model.unmerge_adapter()
+        trainer = train(tmp_path / "out", speculator(), base_model)
+        assert not any(weight.requires_grad for weight in base_model.parameters())
+        assert isinstance(trainer.train_dataset, datasets.Dataset)
