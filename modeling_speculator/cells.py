@@ -123,13 +123,13 @@ class GatedMLPSpeculator(Cell):
 
         self.forget_emb = nn.ModuleList([nn.Embedding(config.vocab_size, self.inner_dim)])  # for all four
         self.forget_proj, self.input_proj, self.output_proj, self.cell_proj = (projections() for _ in range(4))
+        self.cell_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
+        self.state_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
         self.freeze_unread()
 
     def freeze_unread(self) -> None:
         # There is no cell state yet to forget: the published files hold this weight, but nothing reads it.
         self.forget_proj[0].requires_grad_(False)
-        self.cell_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
-        self.state_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
 
     def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         hidden, cell = (state, None) if head == 0 else state.chunk(2, dim=-1)
