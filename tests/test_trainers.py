@@ -2,11 +2,15 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import VOCAB, tiny_model
+from trainings import rows, speculator
 from transformers import LlamaForCausalLM
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -16,6 +20,7 @@ from modeling_speculator.trainers import (
     SpeculatorTrainingArguments,
     latest_checkpoint,
 )
+from modeling_speculator.trainers.losses import mixed
 from modeling_speculator.trainers.schedules import parabolic_cosine_schedule
 
 
@@ -45,12 +50,6 @@ def counting(llama):
     return model
 
 
-def speculator(n_predict=3):
-    torch.manual_seed(0)
-    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, inner_dim=16, n_predict=n_predict, n_candidates=3)
-    return MLPSpeculatorPreTrainedModel(config)
-
-
 def arguments(tmp_path, **kwargs):
     defaults = {
         "output_dir": str(tmp_path),
@@ -65,11 +64,6 @@ def arguments(tmp_path, **kwargs):
     return SpeculatorTrainingArguments(**defaults | kwargs)
 
 
-def rows(n=16, length=12, seed=0):
-    tokens = torch.randint(VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
-    return datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
-
-
 TRAINERS = {"stage 1": (SpeculatorTrainer, {}), "stage 2": (DistillationTrainer, {"generation_length": 8})}
 
 
@@ -78,7 +72,7 @@ def make_trainer(request):
     trainer_class, options = TRAINERS[request.param]
 
     def make(base_model, args, model=None, **kwargs):
-        kwargs = {"train_dataset": rows(), "eval_dataset": rows(4, seed=1)} | options | kwargs
+        kwargs = {"train_dataset": rows(16, 12), "eval_dataset": rows(4, 12, seed=1)} | options | kwargs
         return trainer_class(model=model or speculator(), base_model=base_model, args=args, **kwargs)
 
     return make
@@ -193,15 +187,182 @@ def test_resumed_is_uninterrupted(tmp_path, llama, make_trainer, damage):
     assert latest_checkpoint(str(tmp_path / "parts")).endswith("checkpoint-4")
 
 
+def test_a_run_that_was_killed_during_a_save(tmp_path, llama):
+    """A process that ends while it writes its second checkpoint, and one that goes on from there."""
+    code = f"""if True:
+        import os, sys
+        sys.path[:0] = {sys.path!r}
+        import conftest  # one thread, as here
+        from test_trainers import arguments, rows, speculator, tiny_model, SpeculatorTrainer
+        from modeling_speculator.trainers import checkpoints
+        mark = checkpoints.mark_complete
+        checkpoints.mark_complete = lambda path: mark(path) if path.name == "checkpoint-2" else os._exit(9)
+        args = arguments({str(tmp_path / "killed")!r}, save_total_limit=1)
+        SpeculatorTrainer(speculator(), tiny_model("llama"), args, train_dataset=rows(16, 12)).train()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert (tmp_path / "killed/checkpoint-4/model.safetensors").is_file()  # there, but who knows
+    assert latest_checkpoint(tmp_path / "killed").endswith("checkpoint-2")  # kept although one more was begun
+    killed, whole = (
+        SpeculatorTrainer(speculator(), llama, arguments(tmp_path / name), train_dataset=rows(16, 12))
+        for name in ("killed", "whole")
+    )
+    killed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert killed.state.global_step == 4
+    for one, other in zip(killed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_resuming_in_mid_epoch_of_a_stream(tmp_path, llama, make_trainer):
+    def make(folder, **kwargs):
+        stream = rows(14, 12).to_iterable_dataset()  # of which a step takes 6 rows
+        args = arguments(tmp_path / folder, gradient_accumulation_steps=3, max_steps=2, save_steps=1, **kwargs)
+        return make_trainer(llama, args, train_dataset=stream)
+
+    whole = make("whole")
+    whole.train()
+    make("parts").train()
+    (tmp_path / "parts/checkpoint-2/complete.json").unlink()
+    resumed = make("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, llama, make_trainer):
+    """By tokens per step; a run whose learning rate is absurd gets worse and worse."""
+    args = arguments(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=6,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="tokens_per_step",
+        greater_is_better=True,
+    )
+    trainer = make_trainer(llama, args)
+    trainer._tokens_per_step = lambda texts: {2: 1.5, 4: 1.1, 6: 1.2}[trainer.state.global_step]
+    trainer.train()
+    assert trainer.state.best_metric == 1.5
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2/model.safetensors")
+    assert all(torch.equal(value, best[key]) for key, value in trainer.model.state_dict().items())
+
+
+def test_documents_that_share_a_sequence(tmp_path, counting):
+    """Their first n_predict + 1 tokens are no targets, and none of what is one is guessed from another document."""
+    trainer = SpeculatorTrainer(speculator(), counting, arguments(tmp_path))
+    text = torch.tensor([[*range(9), *range(30, 39)]])
+    position_ids = torch.tensor([[*range(9), *range(9)]])
+    hidden_states, _, labels, _ = trainer.batch({"input_ids": text, "position_ids": position_ids})
+    read = hidden_states[0, :, 0].tolist()
+    assert labels[0].tolist() == [*range(2, 9), -100, -100, -100, -100, *range(34, 39)]
+    for head in range(3):
+        for position, token in enumerate(read):
+            target = int(labels[0, position + head])
+            assert target == -100 or (target < 30) == (token < 30)
+    plain = trainer.batch({"input_ids": text}).labels
+    assert plain[0].tolist() == [*range(2, 9), *range(30, 39)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, llama, make_trainer):
+    model = speculator()
+    trainer = make_trainer(llama, arguments(tmp_path, max_steps=4, save_steps=1, logging_steps=100), model)
+    save = trainer.save_model
+
+    def break_then_save(*args, **kwargs):
+        save(*args, **kwargs)
+        with torch.no_grad():
+            model.speculator.proj[0].weight.fill_(float("nan"))
+
+    trainer.save_model = break_then_save
+    with pytest.raises(ValueError, match="not finite at step 2.*checkpoint-1. Lower `learning_rate`"):
+        trainer.train()
+    assert latest_checkpoint(tmp_path).endswith("checkpoint-1")
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_loss_that_is_not_finite_when_it_is_logged(tmp_path, llama, make_trainer):
+    broken = copy.deepcopy(llama)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    trainer = make_trainer(broken, arguments(tmp_path, save_strategy="no"))
+    with pytest.raises(ValueError, match="not finite at step 2.*complete checkpoint, None"):
+        trainer.train()
+
+
+def test_no_data(tmp_path, llama, make_trainer):
+    with pytest.raises(ValueError, match="no rows"):
+        make_trainer(llama, arguments(tmp_path), train_dataset=rows(0, 12))
+
+
+def test_provenance_lies_beside_the_weights(tmp_path, llama, make_trainer):
+    trainer = make_trainer(llama, arguments(tmp_path, learning_rate=0.5, hub_token="secret"), facts={"data": {"a": 1}})
+    trainer.train()
+    trainer.save_model()
+    for folder, steps in ((tmp_path / "checkpoint-2", 2), (tmp_path, 4)):
+        text = (folder / "provenance.json").read_text()
+        found = json.loads(text)
+        assert found["steps"] == steps
+        assert found["arguments"]["learning_rate"] == 0.5
+        assert found["speculator"]["n_predict"] == 3
+        assert found["data"] == {"a": 1}
+        assert {"torch", "transformers", "modeling-speculator"} <= found["versions"].keys()
+        assert {"base_model", "base_model_revision", "git_revision", "machine", "seconds"} <= found.keys()
+        assert "secret" not in text and str(tmp_path) not in text
+    seconds = found["seconds"]
+    longer = make_trainer(llama, arguments(tmp_path, max_steps=6))
+    longer.train(resume_from_checkpoint=True)
+    assert longer.seconds_before == pytest.approx(
+        json.loads((tmp_path / "checkpoint-4/provenance.json").read_text())["seconds"]
+    )
+    assert longer.seconds_before <= seconds
+
+
+@pytest.mark.parametrize("loss", [["lk_hybrid"], ["total_variation", "cross_entropy"]])
+def test_losses_on_the_base_models_distribution(tmp_path, llama, make_trainer, loss):
+    """Of the trainer's batch: head i at position j against the logits that the next tokens were drawn from."""
+    trainer = make_trainer(llama, arguments(tmp_path, loss=loss, head_weights=[1.0, 0.5, 0.25]))
+    text, first = torch.tensor(rows(2, 12)["input_ids"][:]), 0  # the first context vector's position
+    batch = trainer.batch({"input_ids": text})
+    n = batch.hidden_states.shape[1]
+    if isinstance(trainer, DistillationTrainer):
+        text, first = torch.cat([text, batch.input_ids], dim=1), 11
+    logits = llama(text).logits[:, first:]
+    expected = 0.0
+    for head, weight in enumerate([1.0, 0.5, 0.25]):
+        ours = trainer.model(batch.hidden_states, batch.input_ids).logits[head].flatten(0, 1)
+        theirs = logits[:, head + 1 : head + 1 + n].flatten(0, 1)
+        labels = batch.labels[:, head : head + n].flatten()
+        expected += weight * mixed(loss, [1.0] * len(loss), ours, labels, theirs).mean()
+    trainer.batch = lambda inputs: batch
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, {}), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_logged(tmp_path, llama, make_trainer):
     trainer = make_trainer(llama, arguments(tmp_path))
     trainer.train()
     log = trainer.state.log_history[0]
+    shares = {key: value for key, value in log.items() if key.startswith("share_of_time_")}
+    is_stage_2 = isinstance(trainer, DistillationTrainer)
+    assert shares.keys() == {
+        f"share_of_time_{part}" for part in ("generation" if is_stage_2 else "base_model", "speculator")
+    }
+    assert sum(shares.values()) == pytest.approx(1)
+    assert log["tokens_per_second"] > 0
+    assert ("generated_tokens_per_second" in log) == is_stage_2
+    assert all(0 <= log[f"accuracy_head_{head}"] <= log[f"accuracy_top_k_head_{head}"] <= 1 for head in (1, 2, 3))
     assert log["step"] == 2
     heads = [log[f"loss_head_{head}"] for head in (1, 2, 3)]
     assert log["loss"] == pytest.approx(sum(heads), rel=1e-3)
     assert all(0 <= log[f"accuracy_head_{head}"] <= 1 for head in (1, 2, 3))
     metrics = trainer.evaluate()
+    assert 1 <= metrics["eval_tokens_per_step"] <= 4
+    assert 1 <= metrics["eval_tokens_per_step_sampled"] <= 4
     assert metrics["eval_loss"] == pytest.approx(
         sum(metrics[f"eval_loss_head_{head}"] for head in (1, 2, 3)), rel=1e-3
     )
@@ -268,7 +429,7 @@ def test_bad_input(tmp_path, llama):
 
 def test_other_schedules_are_honoured(tmp_path, llama):
     args = arguments(tmp_path, parabolic_schedule=False, lr_scheduler_type="constant", learning_rate=0.5)
-    trainer = SpeculatorTrainer(speculator(), llama, args, train_dataset=rows())
+    trainer = SpeculatorTrainer(speculator(), llama, args, train_dataset=rows(16, 12))
     trainer.train()
     assert trainer.state.log_history[0]["learning_rate"] == 0.5
     assert json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["global_step"] == 4

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sized
 from functools import partial
 from operator import mul
 
@@ -60,6 +61,9 @@ class SpeculatorTrainer(SafeTrainer):
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs. Start it with `accelerate launch`, one process each."
             )
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(kwargs.get(name), Sized) and len(kwargs[name]) == 0:
+                raise ValueError(f"`{name}` has no rows. Give it some, or None.")
         kwargs.setdefault("compute_metrics", head_metrics)
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self.accelerator, args.num_processes)
