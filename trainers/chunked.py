@@ -92,8 +92,9 @@ class _LinearScore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, *_):
+        # In place, for the largest tensors that are left; autograd then refuses a second backward.
         gradients = [
-            None if gradient is None else (gradient * grad_total).to(dtype)
+            None if gradient is None else gradient.mul_(grad_total).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None, None

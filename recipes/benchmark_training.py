@@ -1,0 +1,159 @@
+"""What a step of training costs beside its parts, and how fast stage 2 generates: `make bench-training`.
+
+python recipes/benchmark_training.py
+python recipes/benchmark_training.py --target llama2-7b --device cuda --output recipes/results/training_gpu.json
+
+Base models of the given shapes with random weights, in bf16; the batches are those of the published recipe on a GPU,
+small ones on a CPU. A step is the trainer's own, data and optimizer included.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.evaluation import machine, speedup, synchronize, time_in_turn, versions
+from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer, SpeculatorTrainingArguments
+
+
+SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_hidden_layers": 8}
+LLAMA3 = {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+# Shape, heads and their width; rows and length of stage 1, rows of stage 2.
+TARGETS = {
+    "small": (LlamaConfig(**SMALL, vocab_size=32000), 3, 512, 4, 256, 16),
+    "tiny": (LlamaConfig(**SMALL | {"hidden_size": 64, "num_hidden_layers": 2}, vocab_size=512), 3, 64, 4, 64, 4),
+    "llama2-7b": (LlamaConfig(vocab_size=32000), 3, 4096, 8, 4096, 96),
+    "llama3.1-8b": (LlamaConfig(**LLAMA3, max_position_embeddings=8192), 4, 3072, 8, 4096, 96),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of a round")
+    parser.add_argument("--new_tokens", type=int, default=64, help="of stage 2; the published recipe has 256")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        report = {
+            "target": args.target,
+            "stage1": stage1(args, folder),
+            "stage2": stage2(args, folder),
+            "machine": machine(),
+            "versions": versions(),
+        }
+    hours = (15_000 * report["stage1"]["step_s"] + 6_000 * report["stage2"]["step_s"]) / 3600
+    report["hours_of_the_published_21000_steps"] = hours  # on as many GPUs as one likes, without their communication
+    print(json.dumps(report, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def build(args, folder: str, trainer_class, rows: int, length: int, **options):
+    """A trainer of random models of the target's shape."""
+    config, n_predict, inner_dim, *_ = TARGETS[args.target]
+    with torch.device(args.device):
+        base_model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    base_model.generation_config.eos_token_id = None
+    shape = {"vocab_size": config.vocab_size, "emb_dim": config.hidden_size, "inner_dim": inner_dim}
+    speculator = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(**shape, n_predict=n_predict))
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 4}
+    sizes = {"max_steps": args.steps, "per_device_train_batch_size": rows}
+    training_args = SpeculatorTrainingArguments(folder, bf16=True, use_cpu=args.device == "cpu", **sizes, **quiet)
+    tokens = torch.randint(config.vocab_size, (rows * args.steps, length))
+    data = datasets.Dataset.from_dict({"input_ids": tokens.numpy()}).with_format("torch")
+    clock = Clock()
+    options |= {"train_dataset": data, "callbacks": [clock], "generation_length": args.new_tokens}
+    return trainer_class(speculator, base_model, training_args, **options), clock, tokens[:rows].to(args.device)
+
+
+class Clock(TrainerCallback):
+    """When each step ended; the first of a training is not counted."""
+
+    def __init__(self):
+        self.ends, self.steps = [], []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.ends.append(time.perf_counter())
+        if len(self.ends) > 2:
+            self.steps.append(self.ends[-1] - self.ends[-2])
+
+
+def seconds(run, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def stage1(args, folder: str) -> dict:
+    _, _, _, rows, length, _ = TARGETS[args.target]
+    trainer, clock, text = build(args, folder, SpeculatorTrainer, rows, length)
+    batch = trainer.batch({"input_ids": text})
+
+    def speculate():  # with autocast, as in training
+        trainer.model_wrapped(*batch[:3], objective=trainer.objective).loss.backward()
+
+    rounds = []
+    for _ in range(args.rounds):
+        clock.steps = []
+        trainer.train()
+        parts = [seconds(lambda: trainer.batch({"input_ids": text}), args.steps), seconds(speculate, args.steps)]
+        trainer.model.zero_grad()
+        rounds.append([statistics.median(clock.steps), *parts])
+    step, base_model, speculator = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return {
+        "step_s": step,
+        "base_model_s": base_model,
+        "speculator_s": speculator,
+        "step_over_parts": statistics.median(step / (base + own) for step, base, own in rounds),
+        "tokens_per_second": rows * length / step,
+    } | gpu_memory()
+
+
+def stage2(args, folder: str) -> dict:
+    rows = TARGETS[args.target][5]
+    trainer, clock, prompts = build(args, folder, DistillationTrainer, rows, 64)
+    trainer.train()
+
+    def generate() -> int:
+        options = {"do_sample": True, "top_k": 10, "max_new_tokens": args.new_tokens, "pad_token_id": 0}
+        trainer.base_model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        return rows * args.new_tokens
+
+    def write() -> int:
+        trainer.sampler(prompts, 0)
+        return rows * args.new_tokens
+
+    rates = time_in_turn({"generate": generate, "with states": write}, args.rounds)
+    return {
+        "step_s": statistics.median(clock.steps),
+        "generate_tokens_per_second": statistics.median(rates["generate"]),
+        "tokens_per_second": statistics.median(rates["with states"]),
+        "over_generate": speedup(rates, of="with states", over="generate"),
+    } | gpu_memory()
+
+
+def gpu_memory() -> dict:
+    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
+
+
+if __name__ == "__main__":
+    main()

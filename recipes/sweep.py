@@ -1,0 +1,136 @@
+"""Trains speculators in many ways for one base model, on the same data, and compares them on held-out prompts.
+
+python recipes/sweep.py --variants recipes/sweeps/objectives.yaml     # after `make quickstart`
+python recipes/sweep.py --variants recipes/sweeps/heads.yaml --only "1 head" "7 heads" --seeds 0 1
+
+Writes the raw figures (JSON), from which plot_sweep.py makes a table and plots.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from modeling_speculator import evaluation
+from modeling_speculator.trainers import DataArguments, load_texts, pack
+from modeling_speculator.trainers.continuations import Continuations, ContinuationSampler
+
+
+RECIPES = Path(__file__).parent
+PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 200, 64, 64
+LOOPS_BELOW = 0.5  # share of distinct 4-grams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", type=Path, required=True, help="YAML: steps, seeds, variants")
+    parser.add_argument("--base_model", type=Path, default=Path("outputs/quickstart/base_model"))
+    parser.add_argument("--corpus", type=Path, default=Path("outputs/quickstart/corpus"), help="train, held_out.jsonl")
+    parser.add_argument("--output_dir", type=Path, help="of the speculators; default: outputs/sweeps/NAME")
+    parser.add_argument("--results", type=Path, help="JSON file; default: results.json there. Plots lie beside it.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
+    parser.add_argument("--only", nargs="+", help="variants; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, one thread each")
+    args = parser.parse_args()
+    args.sweep = yaml.safe_load(args.variants.read_text())
+    args.output_dir = args.output_dir or Path("outputs/sweeps") / args.variants.stem
+    args.results = args.results or args.output_dir / "results.json"
+    names = args.only or list(args.sweep["variants"])
+    unknown = set(names) - args.sweep["variants"].keys()
+    if unknown:
+        parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
+
+    runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
+    # The texts of stage 2 are written once, by the training that needs most of them.
+    first = max(runs, key=lambda run: steps_of(args, run[0])[1])
+    train(args, *first)
+    texts = held_out_texts(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = pool.map(lambda run: train(args, *run), runs)
+        rows = [
+            {"variant": name, "seed": seed} | measure(folder, texts)
+            for (name, seed), folder in zip(runs, folders, strict=True)
+        ]
+    report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
+    report |= {"versions": evaluation.versions(), "machine": evaluation.machine()}
+    args.results.write_text(json.dumps(report, indent=1) + "\n")
+    subprocess.run([sys.executable, str(RECIPES / "plot_sweep.py"), str(args.results)], check=True)
+
+
+def steps_of(args, name: str) -> list[int]:
+    return args.sweep["variants"][name].get("steps", args.sweep["steps"])
+
+
+def train(args, name: str, seed: int) -> Path:
+    """The folder of a trained speculator; what is there is not trained again."""
+    options = dict(args.sweep["variants"][name])
+    new, stages = options.pop("new", {}), dict(enumerate(options.pop("steps", args.sweep["steps"]), start=1))
+    folder = args.output_dir / f"{name}-{seed}".replace(" ", "_").replace(":", "")
+    data = {"data_files": args.corpus / "train.jsonl", "validation_fraction": 0, "save_strategy": "no"}
+    speculator = None
+    for stage, steps in stages.items():
+        if steps:
+            flags = data | options | {"seed": seed, "base_model": args.base_model, "disable_tqdm": True}
+            flags |= {"output_dir": folder / f"stage{stage}", "max_steps": steps}
+            flags |= {"warmup_steps": steps // (8 if stage == 1 else 10)}
+            flags |= {"speculator": speculator} if speculator else {"speculator": "null"} | new
+            if stage == 2:  # the same texts for all; their order is the seed's
+                flags |= {"generated_dataset": args.output_dir / "generated", "generation_seed": 0}
+            run(stage, flags)
+            speculator = folder / f"stage{stage}"
+    return folder
+
+
+def run(stage: int, flags: dict) -> None:
+    folder = flags["output_dir"]
+    if (folder / "trainer_state.json").is_file():  # what a training writes last
+        return
+    command = [sys.executable, str(RECIPES / "train_speculator.py")]
+    command += ["--config", str(RECIPES / f"quickstart/stage{stage}.yaml")]
+    for key, value in flags.items():
+        command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed: see {folder}/log.txt. The same sweep, run again, goes on.")
+
+
+def held_out_texts(args) -> dict[str, Continuations]:
+    """What the base model writes after held-out prompts, greedily where that does not loop, and sampled."""
+    base_model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    texts = load_texts(DataArguments(data_files=[str(args.corpus / "held_out.jsonl")]))
+    rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
+    prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
+    greedy, sampled = (
+        ContinuationSampler(base_model, NEW_TOKENS, temperature)(prompts, seed=0) for temperature in (0.0, 1.0)
+    )
+    varied = torch.tensor([evaluation.distinct_ngrams(row, 4) > LOOPS_BELOW for row in greedy.tokens.tolist()])
+    return {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
+
+
+def measure(folder: Path, texts: dict[str, Continuations]) -> dict:
+    """Tokens per step of a trained speculator, its size, and the losses of its trainings: {stage: [[step, loss]]}."""
+    stages = sorted(folder.glob("stage*"))
+    speculator = AutoModel.from_pretrained(stages[-1])
+    row = {"n_predict": speculator.config.n_predict, "parameters": speculator.num_parameters(), "losses": {}}
+    for name, written in texts.items():
+        accepted = evaluation.accepted_drafts(speculator, written.states, written.labels)
+        steps, tokens = evaluation.simulate_steps(accepted, (written.labels != -100).sum(-1))
+        row[name] = tokens / steps
+    for stage in stages:
+        history = json.loads((stage / "trainer_state.json").read_text())["log_history"]
+        row["losses"][stage.name] = [[log["step"], log["loss"]] for log in history if "loss" in log]
+    return row
+
+
+if __name__ == "__main__":
+    main()
