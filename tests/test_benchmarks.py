@@ -1,12 +1,15 @@
 """The benchmark scripts run and write what they say; how fast anything is, no test asserts."""
 
 import json
+import random
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import HIDDEN, VOCAB, tiny_model, word_tokenizer
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -71,3 +74,48 @@ def test_the_shapes_of_the_targets():
     assert sizes["llama2-7b"] == pytest.approx(6.74, abs=0.01)
     assert sizes["llama2-13b"] == pytest.approx(13.02, abs=0.01)
     assert sizes["granite-20b"] == pytest.approx(20.1, abs=0.1)
+
+
+def test_benchmark_training(run):
+    report = run("benchmark_training.py", "--target", "tiny", "--rounds", 1, "--steps", 4, "--new_tokens", 8)
+    first = report["stage1"]
+    assert first["step_over_parts"] == pytest.approx(first["step_s"] / (first["base_model_s"] + first["speculator_s"]))
+    assert report["stage2"]["over_generate"] > 0
+    assert report["hours_of_the_published_21000_steps"] > 0
+
+
+def test_benchmark_loss(run):
+    report = run("benchmark_loss.py", "--vocab_size", 500, "--inner_dim", 16, "--heads", 2, "--positions", 40)
+    losses = {row["way"]: row["loss"] for row in report["rows"]}
+    assert {"whole", "chunked"} <= losses.keys()
+    assert losses["chunked"] == pytest.approx(losses["whole"], rel=1e-3)
+
+
+def test_sweep(tmp_path):
+    """Two variants, two steps a stage; what is there is not trained again."""
+    base_model, corpus, output = (tmp_path / name for name in ("base_model", "corpus", "output"))
+    tiny_model("llama").save_pretrained(base_model)
+    words = [f"w{n}" for n in range(VOCAB)]
+    word_tokenizer(words).save_pretrained(base_model)
+    corpus.mkdir()
+    for name, n in (("train", 40_000), ("held_out", 14_000)):
+        text = " ".join(random.Random(n).choices(words, k=n))
+        (corpus / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    variants = {"one head": {"new": {"n_predict": 1, "top_k_tokens_per_head": [5]}}, "stage 2 only": {"steps": [0, 3]}}
+    sweep = {"steps": [2, 2], "seeds": [0], "variants": variants}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    flags = ["--variants", tmp_path / "sweep.yaml", "--base_model", base_model, "--corpus", corpus]
+    command = [sys.executable, RECIPES / "sweep.py", *flags, "--output_dir", output]
+    times = []
+    for _ in range(2):
+        done = subprocess.run(map(str, command), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "| stage 2 only | 1." in done.stdout
+        times.append({path: path.stat().st_mtime for path in output.rglob("model.safetensors")})
+    assert len(times[0]) == 3
+    assert times[0] == times[1]
+    report = json.loads((output / "results.json").read_text())
+    assert [row["variant"] for row in report["rows"]] == list(variants)
+    assert report["rows"][0]["n_predict"] == 1
+    assert report["rows"][0]["losses"].keys() == {"stage1", "stage2"}
+    assert {path.name for path in output.glob("*.png")} == {"results_tokens_per_step.png", "results_losses.png"}

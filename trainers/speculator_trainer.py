@@ -16,7 +16,7 @@ from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
 from .checkpoints import SafeTrainer, latest_checkpoint
 from .continuations import Continuations, ContinuationSampler
-from .distribution import are_finite, check_distribution, gathered, place_base_model
+from .distribution import are_finite, check_distribution, gathered, is_sharded, place_base_model
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective
 from .provenance import known_before, seconds_in, write_provenance
@@ -84,7 +84,9 @@ class SpeculatorTrainer(SafeTrainer):
             check_separation(self.base_model, args.device)
         self.prompt_length = prompt_length
         self.generation_seed = args.seed if args.generation_seed is None else args.generation_seed
-        cache = args.generation_cache or ("static" if args.device.type == "cuda" else "dynamic")
+        # Compiled where it pays; what gathers sharded weights can't be.
+        is_fast = args.device.type == "cuda" and not is_sharded(self.base_model)
+        cache = args.generation_cache or ("static" if is_fast else "dynamic")
 
         def sampler(temperature: float) -> ContinuationSampler:
             return ContinuationSampler(self.base_model, generation_length, temperature, args.generation_top_k, cache)
