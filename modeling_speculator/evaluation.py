@@ -1,5 +1,6 @@
 """Measuring speculation: same text, how many tokens per step, how fast."""
 
+import math
 import platform
 import statistics
 import time
@@ -69,21 +70,24 @@ def distinct_ngrams(tokens: Sequence[int], n: int) -> float:
 
 @torch.no_grad()
 def accepted_drafts(
-    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_size: int = 1024
+    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27
 ) -> torch.Tensor:
     """How many drafted tokens would be accepted at each position of a text that the base model wrote.
 
     Args:
-        speculator: drafts by its dials; `n_candidates` must not be 0.
+        speculator: drafts by its dials.
         hidden_states: (batch, length, emb_dim), the context vectors that the tokens were drawn from.
         tokens: (batch, length); -100 where nothing can be accepted, as after an end of text.
-        chunk_size: positions to draft at, at once.
+        chunk_elements: logits of the widest level of the trees that are drafted at once.
 
     Returns:
         (batch, length - n_predict) integers between 0 and `n_predict`.
     """
     config = speculator.config
     n = tokens.shape[1] - config.n_predict
+    if config.n_candidates == 0 and config.n_tree_nodes is None:  # no speculation
+        return torch.zeros_like(tokens[:, :n])
+    chunk_size = max(1, chunk_elements // (config.vocab_size * math.prod(config.top_k_tokens_per_head[:-1])))
     roots = tokens[:, :n].clamp(min=0).reshape(-1, 1)
     truth = tokens[:, 1:].unfold(1, config.n_predict, 1).flatten(0, 1)  # (batch * n, n_predict)
     states = hidden_states[:, :n].flatten(0, 1)[:, None]

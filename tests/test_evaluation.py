@@ -38,7 +38,7 @@ def test_simulated_steps_are_generates(model, dials):
     # Of half of the texts only, so that others are guessed now and then.
     speculator = trained(model, type(texts)(*(part[:4] for part in texts)), **dials)
     # Of the last n_predict tokens it is not known what comes after: steps from there on are not counted.
-    accepted = accepted_drafts(speculator, texts.states, texts.labels, chunk_size=50)
+    accepted = accepted_drafts(speculator, texts.states, texts.labels, chunk_elements=50_000)
     assert accepted.shape == (8, new_tokens - 3)
     for row in range(8):
         out = model.generate(
@@ -68,6 +68,14 @@ def test_simulated_steps_by_hand():
     assert simulate_steps(accepted[1:], torch.tensor([1])) == (0, 0)  # the prefill's token alone
     assert simulate_steps(accepted, torch.tensor([9, 4])) == (6, 11)
     assert simulate_steps(accepted, torch.tensor([0, 0])) == (0, 0)
+
+
+def test_without_candidates_nothing_is_accepted(model):
+    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, n_candidates=0)
+    speculator = MLPSpeculatorPreTrainedModel(config)
+    accepted = accepted_drafts(speculator, torch.randn(2, 9, 32), torch.zeros(2, 9, dtype=torch.long))
+    assert accepted.tolist() == [[0] * 6] * 2
+    assert simulate_steps(accepted, torch.tensor([9, 9])) == (12, 12)
 
 
 def test_nothing_is_accepted_after_an_end(model):

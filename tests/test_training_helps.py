@@ -47,8 +47,7 @@ def train(shared, tmp_path):
         if steps:
             trainer.train()
         # Prompts of the same held-out sequences, whatever the stage.
-        prompts = trainer._evaluation_prompts(rows[1][1])
-        return trainer._tokens_per_step(trainer._texts("", prompts))
+        return trainer.acceptance.measure(speculator, rows[1][1])["tokens_per_step"]
 
     return train_
 

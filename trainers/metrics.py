@@ -88,6 +88,16 @@ class Stopwatch:
         event.record()
         return event
 
+    def rates(self, processes: int) -> dict[str, float]:
+        """Tokens per second of all processes, and this one's shares of time, since the last reading."""
+        elapsed, seconds, tokens = self.read()
+        logs = {"tokens_per_second": sum(tokens.values()) * processes / elapsed}
+        if seconds.get("generation"):
+            logs["generated_tokens_per_second"] = tokens["generation"] * processes / seconds["generation"]
+        shares = {name: spent / elapsed for name, spent in seconds.items()}
+        shares["speculator"] = 1 - sum(shares.values())  # and all that is not the base model's
+        return logs | {f"share_of_time_{name}": share for name, share in shares.items()}
+
     def read(self) -> tuple[float, dict[str, float], dict[str, int]]:
         """Seconds since the last reading, and seconds and tokens of each part."""
         if self.on_gpu:

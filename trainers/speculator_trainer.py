@@ -10,21 +10,18 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checks import check_shapes
-from ..evaluation import accepted_drafts, simulate_steps
 from ..families import output_logits
+from .acceptance import ExpectedAcceptance
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
 from .checkpoints import SafeTrainer, latest_checkpoint
-from .continuations import Continuations, ContinuationSampler
-from .distribution import are_finite, check_distribution, gathered, is_sharded, place_base_model
+from .continuations import ContinuationSampler
+from .distribution import are_finite, check_distribution, is_sharded, place_base_model
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective
 from .provenance import known_before, seconds_in, write_provenance
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
-
-
-_ROWS_TO_WRITE = 32  # prompts of the evaluation continued at once
 
 
 class SpeculatorTrainer(SafeTrainer):
@@ -92,12 +89,16 @@ class SpeculatorTrainer(SafeTrainer):
             return ContinuationSampler(self.base_model, generation_length, temperature, args.generation_top_k, cache)
 
         self.sampler = sampler(args.generation_temperature)
-        # What acceptance is measured on: a suffix of the metric, and how its texts are written.
-        self.evaluation_samplers = {"": sampler(0.0), "_sampled": self.sampler}
+        self.acceptance = ExpectedAcceptance(
+            {"tokens_per_step": sampler(0.0), "tokens_per_step_sampled": self.sampler},
+            self.accelerator,
+            args.evaluation_prompts,
+            prompt_length,
+            self.generation_seed,
+        )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
         self.facts = known_before(args, base_model, model) | (facts or {})
         self.seconds_before, self.started = 0.0, time.perf_counter()
-        self._written = {}  # of each of these: prompts, and what the base model wrote after them
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "position_ids", "continuation"]
@@ -150,7 +151,7 @@ class SpeculatorTrainer(SafeTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._read_window() | self._read_watch()
+            logs |= self._read_window() | self.watch.rates(self.accelerator.num_processes)
         super().log(logs, start_time)
 
     def _read_window(self) -> dict[str, float]:
@@ -167,18 +168,6 @@ class SpeculatorTrainer(SafeTrainer):
                 f"checkpoint, {latest_checkpoint(self.args.output_dir)}. Lower `learning_rate`, or check the data and "
                 "the base model's dtype: float16 overflows where bfloat16 does not."
             )
-
-    def _read_watch(self) -> dict[str, float]:
-        """Tokens per second of all processes, and shares of this one's time."""
-        elapsed, seconds, tokens = self.watch.read()
-        logs = {"tokens_per_second": sum(tokens.values()) * self.accelerator.num_processes / elapsed}
-        if seconds.get("generation"):
-            logs["generated_tokens_per_second"] = (
-                tokens["generation"] * self.accelerator.num_processes / seconds["generation"]
-            )
-        shares = {name: spent / elapsed for name, spent in seconds.items()}
-        shares["speculator"] = 1 - sum(shares.values())  # and all that is not the base model's
-        return logs | {f"share_of_time_{name}": share for name, share in shares.items()}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
@@ -222,49 +211,10 @@ class SpeculatorTrainer(SafeTrainer):
             by_head = [output.metrics[f"{metric_key_prefix}_loss_head_{head + 1}"] for head in range(self.n_predict)]
             output.metrics[f"{metric_key_prefix}_loss"] = sum(map(mul, by_head, self.objective.head_weights))
         if self.args.evaluation_prompts:
-            prompts = self._evaluation_prompts(dataloader.dataset)
-            for suffix in self.evaluation_samplers:
-                name = f"{metric_key_prefix}_tokens_per_step{suffix}"
-                output.metrics[name] = self._tokens_per_step(self._texts(suffix, prompts))
+            measured = self.acceptance.measure(self.model, dataloader.dataset)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         self.watch = Stopwatch(self.args.device)  # the time since the last log was not all spent in training
         return output
-
-    @torch.no_grad()
-    def _tokens_per_step(self, texts: list[Continuations]) -> float:
-        """Expected tokens per step with the configured candidates, on what the base model itself writes."""
-        steps = tokens = 0
-        speculator = self.accelerator.unwrap_model(self.model)
-        with gathered(self.model), self.accelerator.autocast():
-            for written in texts:
-                written = Continuations(*(part.to(self.args.device) for part in written))
-                accepted = accepted_drafts(speculator, written.states, written.labels)
-                some_steps, some_tokens = simulate_steps(accepted, (written.labels != -100).sum(-1))
-                steps, tokens = steps + some_steps, tokens + some_tokens
-        totals = torch.tensor([steps, tokens], device=self.args.device)
-        steps, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
-        return tokens / max(1, steps)
-
-    def _texts(self, suffix: str, prompts: torch.Tensor) -> list[Continuations]:
-        """Continuations of prompts, written once: the base model never changes."""
-        before, texts = self._written.get(suffix, (None, None))
-        if before is None or not torch.equal(before, prompts):
-            write = self.evaluation_samplers[suffix]
-            texts = [write(some.to(self.args.device), self.generation_seed) for some in prompts.split(_ROWS_TO_WRITE)]
-            texts = [Continuations(*(part.cpu() for part in written)) for written in texts]
-            for row in range(self._own_prompts, len(prompts)):  # of another process: they count there
-                texts[row // _ROWS_TO_WRITE].labels[row % _ROWS_TO_WRITE] = -100
-            self._written[suffix] = prompts, texts
-        return texts
-
-    def _evaluation_prompts(self, dataset) -> torch.Tensor:
-        """This process's share of some rows' first tokens, (prompts, prompt_length), as many in every process."""
-        rows = min(len(dataset), self.args.evaluation_prompts)
-        share = -(-rows // self.accelerator.num_processes)
-        first = self.accelerator.process_index * share
-        self._own_prompts = max(0, min(share, rows - first))
-        return torch.tensor(
-            [dataset[at % rows]["input_ids"][: self.prompt_length] for at in range(first, first + share)]
-        )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
