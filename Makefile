@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint bench bench-gpu clean
+.PHONY: install quickstart test lint bench bench-training bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -26,9 +26,18 @@ lint: install
 bench: install
 	$(BIN)/python recipes/benchmark_step.py --compile $(BENCH)
 
+# What training costs beside its parts, and the memory of the loss at 128,256 tokens: ten minutes on a CPU.
+bench-training: install
+	$(BIN)/python recipes/benchmark_training.py $(BENCH)
+	$(BIN)/python recipes/benchmark_loss.py
+
 # Models of 7 B to 20 B parameters with random weights: a GPU of 80 GB or more, an hour; BENCH="--targets llama2-7b".
 bench-gpu: install
 	$(BIN)/python recipes/benchmark_gpu.py --output recipes/results/gpu.json $(BENCH)
+	$(BIN)/python recipes/benchmark_training.py --target llama2-7b --device cuda --new_tokens 256 \
+		--output recipes/results/training_gpu.json
+	$(BIN)/python recipes/benchmark_loss.py --device cuda --positions 8192 32768 --inner_dim 3072 \
+		--output recipes/results/loss_gpu.json
 
 clean:
 	rm -rf $(VENV) outputs

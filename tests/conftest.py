@@ -1,10 +1,16 @@
 """Fixtures. The environment is set before any test imports a library that reads it."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
+if "HF_DATASETS_CACHE" not in os.environ:  # a child process uses its parent's
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

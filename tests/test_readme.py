@@ -1,12 +1,15 @@
 """The README's lines, on models that are here."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.trainers import parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +50,34 @@ def test_every_file_of_the_tree_is_there():
     for folder in ("modeling_speculator", "trainers", "recipes"):
         files = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")} - {f"{folder}/__init__.py"}
         assert {name for name in named if name.startswith(f"{folder}/")} == files
+
+
+COMMANDS = [
+    command.replace("\\\n", " ")
+    for page in (README, (ROOT / "recipes/README.md").read_text())
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for command in re.findall(r"^((?:.*\\\n)*.*train_speculator\.py(?:.*\\\n)*.*)$", block, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_train(command, tmp_path):
+    """Every file that they name is there, and every flag and value is one that the script takes."""
+    words = shlex.split(command)
+    files = [word for word in words if word.startswith("recipes/")]
+    assert all((ROOT / file).is_file() for file in files)
+    config = words.index("--config")
+    words[config + 1] = str(ROOT / words[config + 1])
+    model, data, args = parse_recipe(words[config:])
+    assert model.base_model
+    assert (data.dataset is None) != (data.data_files is None)
+
+
+def test_there_are_commands_that_train():
+    assert len(COMMANDS) == 7
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "recipes/README.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), link

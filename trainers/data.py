@@ -1,6 +1,7 @@
 """Texts to sequences of tokens, through `datasets`: loaded or streamed, packed without waste, some held out."""
 
 import glob
+import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def pack(
     features = datasets.Features(features)
     is_stream = isinstance(texts, datasets.IterableDataset)
 
-    def rows() -> Iterator[dict]:
+    def rows(code: str) -> Iterator[dict]:
         documents = _tokenized(_forever(texts) if is_stream else texts, tokenizer, text_column)
         is_empty = True
         for row in _cut(documents, length, separate_documents):
@@ -122,10 +123,12 @@ def pack(
                 "`sequence_length` (stage 2: `prompt_length`)."
             )
 
+    # `datasets` keeps what is made once, by the arguments; another version of this file makes something else.
+    options = {"features": features, "gen_kwargs": {"code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}}
     if is_stream:
-        return datasets.IterableDataset.from_generator(rows, features=features)
+        return datasets.IterableDataset.from_generator(rows, **options)
     try:
-        return datasets.Dataset.from_generator(rows, features=features)
+        return datasets.Dataset.from_generator(rows, **options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None  # what `rows` raised
 
