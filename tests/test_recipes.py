@@ -113,6 +113,12 @@ def test_a_flag_wins_over_the_file(recipe):
         ("report_to: [wandb, tensorboard]", [], "`report_to` takes one value"),
         ("top_k_tokens_per_head: [[5, 3]]", [], "`top_k_tokens_per_head` takes a flat list"),
         ("stage: 4", [], "`stage` must be 1"),
+        ("base_model_quantization: 3bit", [], "`base_model_quantization` must be"),
+        ("loss: [cross_entropy, accuracy]", [], "`loss` must name one or more of cross_entropy, forward_kl"),
+        ("loss: [cross_entropy, forward_kl]\nloss_weights: [1.0]", [], "`loss_weights` needs 2 numbers"),
+        ("unrolled_share: 1.5", [], "`unrolled_share` must be between 0 and 1"),
+        ("generation_top_k: 0", [], "`generation_top_k` must be between 1 and"),
+        ("generation_cache: paged", [], "`generation_cache` must be"),
     ],
 )
 def test_a_typo_stops_the_run(recipe, text, flags, complaint):

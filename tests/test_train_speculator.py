@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import VOCAB, tiny_model, word_tokenizer
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +62,16 @@ def test_a_new_speculator_and_a_given_one(folder):
     code, output = train(folder, "python", "--speculator", "somewhere", "--n_predict", "2", "--output_dir", "unused")
     assert code != 0
     assert "ValueError: ['n_predict'] describe a new speculator" in output
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_base_model(folder, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="needs `pip install bitsandbytes`")
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base_model")  # of sizes that can be quantized
+    AutoTokenizer.from_pretrained(folder / "base_model").save_pretrained(tmp_path / "base_model")
+    options = ["--base_model", str(tmp_path / "base_model"), "--base_model_quantization", bits, "--stage", "2"]
+    options += ["--prompt_length", "8", "--generation_length", "12", "--max_steps", "2"]
+    code, output = train(folder, "python", *options, "--output_dir", str(tmp_path / "speculator"))
+    assert code == 0, output
+    assert "eval_tokens_per_step" in output

@@ -43,6 +43,12 @@ class ModelArguments:
         default=None, metadata={"help": "Train a LoRA adapter of this rank on `speculator` instead of its weights."}
     )
 
+    def __post_init__(self):
+        if self.base_model_quantization not in (None, "4bit", "8bit"):
+            raise ValueError(
+                f'`base_model_quantization` must be "4bit" or "8bit", not {self.base_model_quantization!r}.'
+            )
+
 
 @dataclass
 class DataArguments:
