@@ -1,6 +1,7 @@
 """Splits the source code of this interpreter's standard library into files to train on and files held out.
 
 python recipes/quickstart/write_corpus.py --output_dir outputs/quickstart/corpus
+python recipes/quickstart/write_corpus.py --output_dir outputs/stories/corpus --texts stories.jsonl
 """
 
 import argparse
@@ -18,17 +19,22 @@ HELD_OUT_EVERY = 20  # files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    folder = parser.parse_args().output_dir
+    parser.add_argument("--texts", type=Path, help="jsonl with `text`, to split instead")
+    args = parser.parse_args()
+    rows = library() if args.texts is None else [json.loads(line) for line in open(args.texts)]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write(args.output_dir / "train.jsonl", [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY])
+    write(args.output_dir / "held_out.jsonl", rows[::HELD_OUT_EVERY])
+
+
+def library() -> list[dict]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(
         path
         for path in root.rglob("*.py")
         if not LEFT_OUT & set(path.relative_to(root).parts) and path.stat().st_size <= LONGEST
     )
-    rows = [{"file": str(p.relative_to(root)), "text": p.read_text(encoding="utf-8", errors="replace")} for p in paths]
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "train.jsonl", [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY])
-    write(folder / "held_out.jsonl", rows[::HELD_OUT_EVERY])
+    return [{"file": str(p.relative_to(root)), "text": p.read_text(encoding="utf-8", errors="replace")} for p in paths]
 
 
 def write(path: Path, rows: list[dict]) -> None:
