@@ -7,7 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_models import VOCAB, tiny_model
+from trainings import speculator
 
+from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainingArguments
 from modeling_speculator.trainers.base_model import read
 from modeling_speculator.trainers.continuations import ContinuationSampler
 from modeling_speculator.trainers.generated import write_continuations
@@ -124,3 +126,31 @@ def test_continuations_of_another_kind_are_refused(model, tmp_path):
     write(model, tmp_path, 4, base_model="one")
     with pytest.raises(ValueError, match="base_model='one', not base_model='other'.*another folder"):
         write(model, tmp_path, 4, base_model="other")
+
+
+def test_continuations_of_other_prompts_are_refused(model, tmp_path, monkeypatch):
+    write(model, tmp_path, 4)
+    others = datasets.Dataset.from_dict({"input_ids": prompts(6, seed=1).tolist()})
+    monkeypatch.setitem(globals(), "rows", lambda: others)
+    with pytest.raises(ValueError, match="prompts='"):
+        write(model, tmp_path, 4)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_training_on_continuations_from_disk(model, tmp_path, streamed):
+    """Of a stream, too; and those of a base model of the same name, but other weights, are refused."""
+    data = datasets.Dataset.from_dict({"input_ids": prompts(9).tolist()})
+    sizes = {"max_steps": 2, "per_device_train_batch_size": 3, "generation_batch_size": 2}
+    quiet = {"use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+
+    def make(base_model):
+        args = SpeculatorTrainingArguments(str(tmp_path / "out"), **sizes, **quiet)
+        prompts_ = data.to_iterable_dataset() if streamed else data
+        return DistillationTrainer(speculator(), base_model, args, 5, 8, train_dataset=prompts_)
+
+    trainer = make(model)
+    trainer.write_continuations(str(tmp_path / "written"))
+    assert len(trainer.train_dataset) == 6
+    trainer.train()
+    with pytest.raises(ValueError, match="base_model_weights="):
+        make(tiny_model("llama", seed=1)).write_continuations(str(tmp_path / "written"))

@@ -83,6 +83,13 @@ def test_a_base_model_without_a_chat_template(tokenizer):
     assert isinstance(error.value, ValueError)
 
 
+def test_conversations_from_somebody_else(tokenizer):
+    tokenizer.chat_template = "x"
+    messages = [{"from": "human", "value": "1"}, {"from": "tool", "value": "2"}]
+    with pytest.raises(ValueError, match="from \\['tool'\\]"):
+        pack(datasets.Dataset.from_dict({"messages": [messages]}), tokenizer, 2, text_column="messages")
+
+
 def save(data, path):
     kind = path.name.split(".")[1]
     if kind == "txt":

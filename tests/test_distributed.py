@@ -36,16 +36,16 @@ def of_two_processes(tmp_path_factory):
     return folder
 
 
-def assert_equal(one, one_logs, other):
+def assert_equal(one, one_logs, other, rounding=1e-4):
     other_logs = json.loads((other / "logs.json").read_text())
     assert [log.keys() for log in one_logs] == [log.keys() for log in other_logs]
     for mine, theirs in zip(one_logs, other_logs, strict=True):
         for key, value in mine.items():
-            assert float(theirs[key]) == pytest.approx(float(value), rel=1e-4), key
+            assert float(theirs[key]) == pytest.approx(float(value), rel=rounding), key
     weights, other_weights = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == other_weights.keys()
     for key, value in weights.items():
-        torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(other_weights[key], value, atol=rounding / 10, rtol=rounding)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -53,17 +53,30 @@ def test_two_processes_are_one(tmp_path, of_two_processes, name):
     logs = train(tmp_path, 1, **TRAININGS[name])
     losses = [float(log["loss"]) for log in logs if "loss" in log]
     assert len(losses) == 4
-    assert_equal(tmp_path, logs, of_two_processes / name)
+    assert_equal(tmp_path, logs, of_two_processes / name, rounding=2e-2 if name == "bf16" else 1e-4)
 
 
 def test_fsdp2(tmp_path):
     """The speculator's weights are shared out. (accelerate has FSDP for GPUs only; the script says it has some.)"""
-    names = ["stage 1", "sharded base model", "stage 2"]
+    names = ["tied", "sharded base model", "stage 2"]
     settings = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     output = launch("trainings_fsdp.py", tmp_path, *names, ACCELERATE_USE_FSDP="true", **settings)
     assert output.count("a share of the speculator") == 2 * len(names)
     for name in names:
         assert_equal(tmp_path / "one", train(tmp_path / "one", 1, **TRAININGS[name]), tmp_path / name)
+
+
+def test_fsdp2_in_bf16(tmp_path):
+    """Weights and products are; losses and counts are not."""
+    settings = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    settings |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    output = launch("trainings_fsdp.py", tmp_path, "bf16", **settings)
+    assert output.count("losses in torch.float32") == 2
+    assert output.count("sums of gradients in torch.float32") == 2
+    logs = train(tmp_path / "one", 1, **TRAININGS["bf16"])
+    losses = [float(log["loss"]) for log in logs if "loss" in log]
+    theirs = [float(log["loss"]) for log in json.loads((tmp_path / "bf16/logs.json").read_text()) if "loss" in log]
+    assert theirs == pytest.approx(losses, rel=1e-2)
 
 
 @pytest.mark.parametrize(("zero_stage", "name"), [("2", "stage 1"), ("3", "stage 1"), ("3", "stage 2")])

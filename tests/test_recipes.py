@@ -126,6 +126,16 @@ def test_a_typo_stops_the_run(recipe, text, flags, complaint):
         parse_recipe((recipe(text) if "--config" not in flags else []) + flags)
 
 
+def test_every_spelling_of_a_flag(recipe):
+    args = recipe("save_strategy: no\neval_strategy: steps\nseparate_documents: true")
+    _, data, training = parse_recipe(
+        args + ["--no_separate_documents", "--eval-strategy", "no", "--no-parabolic-schedule"]
+    )
+    assert not data.separate_documents
+    assert not training.parabolic_schedule
+    assert training.save_strategy == training.eval_strategy == "no"
+
+
 def test_a_recipe_that_does_not_exist():
     with pytest.raises(ValueError, match="nowhere.yaml`: there is no such file"):
         parse_recipe(["--config", "nowhere.yaml"])

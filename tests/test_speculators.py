@@ -116,6 +116,8 @@ def test_an_adapter(tmp_path, llama):
         AutoModel.from_pretrained(tmp_path / "merged")(*inputs).logits, logits, atol=1e-5, rtol=1e-4
     )
 
+    with pytest.raises(ValueError, match="is an adapter, which has"):
+        load_or_create_speculator(ModelArguments(base_model="x", speculator=str(adapter), lora_rank=2), llama)
     again = load_or_create_speculator(ModelArguments(base_model="x", speculator=str(adapter)), llama)
     assert isinstance(again, PeftModel)
     torch.testing.assert_close(again(*inputs).logits, logits)
@@ -126,6 +128,16 @@ def test_an_adapter(tmp_path, llama):
     expected = llama.generate(text, **options)
     for assistant in (by_name, again):
         assert torch.equal(llama.generate(text, **options, assistant_model=assistant), expected)
+
+
+def test_an_adapter_of_the_gated_cell(tmp_path, llama):
+    """All that it trains is read: DDP would stop at what is not."""
+    args = {"base_model": "x", "method": "sum_lstm", "tie_weights": True}
+    load_or_create_speculator(ModelArguments(**args), llama).save_pretrained(tmp_path / "whole")
+    args = ModelArguments(base_model="x", speculator=str(tmp_path / "whole"), lora_rank=2)
+    model = load_or_create_speculator(args, llama)
+    model(torch.randn(2, 5, 32), torch.randint(VOCAB, (2, 7)), torch.randint(VOCAB, (2, 7))).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
 def adapted(base_model):

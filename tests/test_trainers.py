@@ -196,7 +196,9 @@ def test_a_run_that_was_killed_during_a_save(tmp_path, llama):
         from test_trainers import arguments, rows, speculator, tiny_model, SpeculatorTrainer
         from modeling_speculator.trainers import checkpoints
         mark = checkpoints.mark_complete
-        checkpoints.mark_complete = lambda path: mark(path) if path.name == "checkpoint-2" else os._exit(9)
+        def mark_or_die(path, **options):
+            mark(path, **options) if path.name == "checkpoint-2" else os._exit(9)
+        checkpoints.mark_complete = mark_or_die
         args = arguments({str(tmp_path / "killed")!r}, save_total_limit=1)
         SpeculatorTrainer(speculator(), tiny_model("llama"), args, train_dataset=rows(16, 12)).train()
     """
@@ -213,6 +215,61 @@ def test_a_run_that_was_killed_during_a_save(tmp_path, llama):
     assert killed.state.global_step == 4
     for one, other in zip(killed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
+def test_a_finished_run_is_not_trained_on(tmp_path, llama, make_trainer, steps):
+    data = {"train_dataset": rows(4, 12)}
+    first = make_trainer(llama, arguments(tmp_path, **steps), **data)
+    first.train()
+    again = make_trainer(llama, arguments(tmp_path, **steps), **data)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == first.state.global_step == 4
+    assert not (tmp_path / "checkpoint-5").exists()
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_which_checkpoints_are_let_go(tmp_path, llama, make_trainer):
+    """Those that were cut off, whatever their number, and the oldest; never the last whole one."""
+    make_trainer(llama, arguments(tmp_path, save_total_limit=None, save_steps=1)).train()
+    (tmp_path / "checkpoint-4/complete.json").unlink()
+    (tmp_path / "checkpoint-9").mkdir()
+    make_trainer(llama, arguments(tmp_path, save_total_limit=2, max_steps=5, save_steps=5)).train(True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path, llama, make_trainer, monkeypatch):
+    make_trainer(llama, arguments(tmp_path)).train()
+    trainer = make_trainer(llama, arguments(tmp_path))
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert latest_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert not (tmp_path / "checkpoint-2/complete.json").exists()
+
+
+def test_a_model_alone_is_nothing_to_go_on_from(tmp_path, llama, make_trainer):
+    make_trainer(llama, arguments(tmp_path, save_only_model=True)).train()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_micro_batches_are_one_batch(tmp_path, llama, make_trainer):
+    """However many of their positions count."""
+    base_model = copy.deepcopy(llama)
+    base_model.generation_config.eos_token_id = [3, 4, 5, 6]  # some texts end early
+    sizes = {"whole": {"per_device_train_batch_size": 6}, "parts": {"gradient_accumulation_steps": 3}}
+    trained = []
+    for name, size in sizes.items():
+        args = arguments(tmp_path / name, save_strategy="no", learning_rate=1e-2, logging_steps=1, **size)
+        trainer = make_trainer(base_model, args, train_dataset=rows(24, 12, documents=True))
+        trainer.train()
+        trained.append(trainer)
+    whole, parts = trained
+    for one, other in zip(whole.state.log_history[:4], parts.state.log_history[:4], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_resuming_in_mid_epoch_of_a_stream(tmp_path, llama, make_trainer):
@@ -250,6 +307,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, llama, make_trainer)
     trainer.train()
     assert trainer.state.best_metric == 1.5
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    trainer.save_model()
+    found = json.loads((tmp_path / "provenance.json").read_text())
+    assert (found["steps"], found["steps_trained"]) == (2, 6)
     best = load_file(tmp_path / "checkpoint-2/model.safetensors")
     assert all(torch.equal(value, best[key]) for key, value in trainer.model.state_dict().items())
 
@@ -299,6 +359,10 @@ def test_a_loss_that_is_not_finite_when_it_is_logged(tmp_path, llama, make_train
 def test_no_data(tmp_path, llama, make_trainer):
     with pytest.raises(ValueError, match="no rows"):
         make_trainer(llama, arguments(tmp_path), train_dataset=rows(0, 12))
+    with pytest.raises(ValueError, match="`eval_dataset` is a stream"):
+        make_trainer(llama, arguments(tmp_path), eval_dataset=rows(4, 12).to_iterable_dataset())
+    with pytest.raises(ValueError, match="`generation_length=3` is too short for 3 heads"):
+        make_trainer(llama, arguments(tmp_path), generation_length=3)
 
 
 def test_provenance_lies_beside_the_weights(tmp_path, llama, make_trainer):

@@ -25,12 +25,15 @@ TRAININGS = {
     "sharded base model": {"shard_base_model": True, "loss": ["forward_kl", "cross_entropy"]},
     "sharded base model, stage 2": {"stage": 2, "shard_base_model": True},
     "written before": {"stage": 2, "written": True},
+    "tied": {"tied": True},
+    "bf16": {"bf16": True},
 }
 
 
-def speculator(n_predict=3):
+def speculator(n_predict=3, **kwargs):
     torch.manual_seed(0)
-    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, inner_dim=16, n_predict=n_predict, n_candidates=3)
+    kwargs = {"vocab_size": VOCAB, "emb_dim": 32, "inner_dim": 16, "n_candidates": 3} | kwargs
+    config = MLPSpeculatorConfig(n_predict=n_predict, **kwargs)
     return MLPSpeculatorPreTrainedModel(config)
 
 
@@ -43,7 +46,7 @@ def rows(n, length, documents=False, seed=0):
     return datasets.Dataset.from_dict(columns)
 
 
-def train(folder, processes, stage=1, documents=False, stream=False, written=False, **options):
+def train(folder, processes, stage=1, documents=False, stream=False, written=False, tied=False, **options):
     """A training of 4 steps; what must not depend on the number of processes."""
     train_rows = rows(32, 12, documents)
     if stream:
@@ -67,7 +70,7 @@ def train(folder, processes, stage=1, documents=False, stream=False, written=Fal
         **options,
     )
     trainer = (SpeculatorTrainer if stage == 1 else DistillationTrainer)(
-        model=speculator(),
+        model=speculator(tie_weights=tied),
         base_model=base_model,
         args=args,
         train_dataset=train_rows,

@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from modeling_speculator.trainers import SpeculatorTrainer
+from modeling_speculator.trainers.metrics import HeadWindow
 
 
 PartialState(cpu=True)
@@ -30,8 +31,22 @@ def train_and_tell(self, *args, **kwargs):
     assert self.accelerator.distributed_type == DistributedType.FSDP
     assert all(isinstance(weight, DTensor) for weight in self.model.parameters())
     print("a share of the speculator")
+    print("losses in", self.heads_dtype)
+    policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+    print("sums of gradients in", policy and policy.reduce_dtype)
     return result
 
 
+add = HeadWindow.add
+
+
+def add_and_tell(self, outputs):
+    """What the objective returned, as it came out of the sharded model."""
+    SpeculatorTrainer.heads_dtype = outputs.row_losses.dtype
+    assert outputs.loss.dtype == outputs.correct.dtype == outputs.row_losses.dtype
+    add(self, outputs)
+
+
+HeadWindow.add = add_and_tell
 SpeculatorTrainer.train = train_and_tell
 trainings.main()

@@ -46,9 +46,10 @@ def read(
 @torch.no_grad()
 def check_separation(base_model: PreTrainedModel, device: torch.device) -> None:
     """Raises a ValueError where a base model does not keep apart the documents that share a sequence."""
-    pair = torch.arange(8, device=device)[None] % base_model.config.get_text_config(decoder=True).vocab_size
-    alone = read(base_model, pair[:, 4:])
-    packed = read(base_model, pair, torch.arange(4, device=device).repeat(2)[None])[:, 4:]
+    vocab_size = base_model.config.get_text_config(decoder=True).vocab_size
+    pairs = torch.arange(16, device=device).view(2, 8) % vocab_size  # two rows: some attention looks at one only
+    alone = read(base_model, pairs[:, 4:])
+    packed = read(base_model, pairs, torch.arange(4, device=device).repeat(2, 2))[:, 4:]
     if not _close(packed, alone):
         raise ValueError(
             f"{type(base_model).__name__} lets a document attend to the one before it in a sequence, whatever its "

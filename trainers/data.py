@@ -217,6 +217,9 @@ def _as_text(messages: list[dict], tokenizer: PreTrainedTokenizerBase, column: s
             "them with. Set `text_column` to one of texts, or train for the model's chat version."
         )
     if "from" in messages[0]:  # ShareGPT's keys
+        unknown = {part["from"] for part in messages} - _ROLES.keys()
+        if unknown:
+            raise ValueError(f"The conversations in {column!r} are from {sorted(unknown)}, not only {sorted(_ROLES)}.")
         messages = [{"role": _ROLES[part["from"]], "content": part["value"]} for part in messages]
     return tokenizer.apply_chat_template(messages, tokenize=False)
 

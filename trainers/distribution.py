@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -34,6 +34,22 @@ def check_distribution(accelerator: Accelerator, num_processes: int | None) -> N
                 "it needs several processes with a GPU each. Take recipes/accelerate_configs/single_gpu.yaml or "
                 "multi_gpu.yaml."
             )
+
+
+def prepare_fsdp(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """What accelerate's FSDP2 does by itself does not suit a speculator.
+
+    It would shard the embeddings apart from the rest, to which they may be tied; and with bf16 it would round losses,
+    counts, and sums of gradients to bf16, too.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is None or plugin.fsdp_version != 2:
+        return
+    model.get_input_embeddings = lambda: None
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def place_base_model(base_model: PreTrainedModel, accelerator: Accelerator, sharded: bool) -> PreTrainedModel:
@@ -61,17 +77,17 @@ def place_base_model(base_model: PreTrainedModel, accelerator: Accelerator, shar
         )
     whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base_model.parameters())
     base_model = _own_zero3_engine(base_model, accelerator) if zero3 else _fully_sharded(base_model, accelerator)
-    held = sum(_held_here(weight) for weight in base_model.parameters())
+    held = sum(_held_here(weight).numel() for weight in base_model.parameters())
     if held > 1.5 * whole / accelerator.num_processes:
         raise RuntimeError(f"The base model was to be sharded, but this process holds {held} of its {whole} weights.")
     return base_model
 
 
-def _held_here(weight: nn.Parameter) -> int:
-    """How many numbers of a weight this process holds when nobody uses it."""
+def _held_here(weight: nn.Parameter) -> torch.Tensor:
+    """What this process holds of a weight when nobody uses it."""
     if isinstance(weight, DTensor):
-        return weight.to_local().numel()
-    return weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel()
+        return weight.to_local()
+    return getattr(weight, "ds_tensor", weight)
 
 
 def _fully_sharded(base_model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
@@ -134,5 +150,4 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def are_finite(model: nn.Module) -> bool:
     """Whether the weights of a trained model are, those that this process holds."""
-    weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters())
-    return all(bool(weight.isfinite().all()) for weight in weights)
+    return all(bool(_held_here(weight).isfinite().all()) for weight in model.parameters())

@@ -16,7 +16,7 @@ from .base_model import read
 from .chunked import CHUNK_ELEMENTS
 from .objective import Objective
 from .speculators import new_config
-from .training_args import ModelArguments, parse_recipe
+from .training_args import ModelArguments, parse_recipe, split_config
 
 
 GIB = 2**30
@@ -69,16 +69,21 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
 
     gpus = training.dry_run_gpus
     weights = _count(base_model) * BYTES.get(model_args.base_model_quantization, dtype.itemsize)
-    state = 16 * _count(speculator)  # in float32
+    heads = sum(head.weight.numel() for head in {*speculator.speculator.head})
+    written = training.generation_batch_size or rows
     memory = {
         "base model": weights / (gpus if training.shard_base_model else 1),
         "base model, a forward": _of_a_forward(base_model, text, data.separate_documents and training.stage == 1),
-        "speculator: weights, gradients, Adam": state,
+        # In float32; and the buckets that gradients are summed up in.
+        "speculator: weights, gradients, Adam": (16 + 4) * _count(speculator),
         "speculator, for its backward": saved,
         "a chunk of logits and its gradient": 16 * min(CHUNK_ELEMENTS, tokens.numel() * speculator.config.vocab_size),
     }
     if training.stage == 2:
-        memory["keys and values of the continuations"] = _key_value_bytes(base_model, text)
+        memory["keys and values of the continuations"] = _key_value_bytes(base_model, text) * written / rows
+    # Shared out, but for weights and gradients in bf16 in a step, and the heads' gradients until they are summed up.
+    shared = 16 * _count(speculator) / gpus + 4 * _count(speculator) + 4 * heads
+    with_fsdp2 = sum(memory.values()) - memory["speculator: weights, gradients, Adam"] + shared
     global_batch = rows * training.gradient_accumulation_steps * gpus
     seconds = training.gradient_accumulation_steps * _seconds(base_model, speculator, text, training.stage, weights)
     report = {
@@ -95,7 +100,7 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
         "tokens": training.max_steps * global_batch * new_tokens,
         "GiB a GPU": {name: round(size / GIB, 2) for name, size in memory.items()},
         "GiB a GPU in all": round(sum(memory.values()) / GIB, 1),
-        "... with FSDP2": round((sum(memory.values()) - state * (1 - 1 / gpus) + 2 * _count(speculator)) / GIB, 1),
+        "... with FSDP2": round(with_fsdp2 / GIB, 1),
         "hours, estimated": round(training.max_steps * seconds / 3600, 1),
     }
     _show(report)
@@ -107,9 +112,10 @@ def _speculator_config(model_args: ModelArguments, base_config, args: list[str])
     if model_args.speculator is None:
         return new_config(model_args, base_config)
     here = Path(model_args.speculator)
-    if here.is_dir() or "--config" not in args:
+    _, path = split_config(args)
+    if here.is_dir() or path is None:
         return AutoConfig.from_pretrained(model_args.speculator)
-    for recipe in sorted(Path(args[args.index("--config") + 1]).parent.glob("*.yaml")):
+    for recipe in sorted(Path(path).parent.glob("*.yaml")):
         first, _, training = parse_recipe(["--config", str(recipe), "--base_model", model_args.base_model])
         if Path(training.output_dir) == here:
             print(f"{here} is not there yet; it will be what {recipe} makes.")
@@ -177,6 +183,6 @@ def _show(report: dict) -> None:
         else:
             print(f"{name:20}{value:,}" if isinstance(value, int) else f"{name:20}{value}")
     print(
-        f"With FSDP2 the speculator's state is shared out, but for its weights in bf16 in a step. Hours: of H100s at "
+        f"With FSDP2 the speculator's state is shared out, but for a copy in bf16 during a step. Hours: of H100s at "
         f"{UTILISATION:.0%} of {FLOPS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e12} TB/s, without loading and evaluation."
     )

@@ -1,5 +1,6 @@
 """Continuations kept on disk: written once, trained on many times."""
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ def write_continuations(
         ValueError: if the folder holds continuations that were made otherwise.
     """
     folder = Path(folder)
-    described = json.loads(json.dumps(described | {"seed": seed, "prompts": len(prompts)}))
+    described = json.loads(json.dumps(described | {"seed": seed, "prompts": _digest(prompts)}))
     if accelerator.is_main_process and not (folder / DESCRIPTION).exists():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
@@ -80,6 +81,12 @@ def _continue(numbers: range, prompts, sampler, accelerator, batch_size: int, se
         rows = [prompts[order(number // len(prompts))[number % len(prompts)]]["input_ids"] for number in some]
         texts.append(sampler.write(torch.tensor(rows, device=accelerator.device), seed + 2**32 * (rounds + 1)))
     return accelerator.gather(torch.cat(texts))[: len(numbers)]
+
+
+def _digest(prompts: datasets.Dataset) -> str:
+    """Of the number of prompts and of some of them, to tell others apart."""
+    some = prompts.select(range(0, len(prompts), -(-len(prompts) // 1000)))["input_ids"][:]
+    return hashlib.sha256(json.dumps([len(prompts), some]).encode()).hexdigest()[:16]
 
 
 def _finished(folder: Path) -> tuple[list[Path], int]:

@@ -35,7 +35,7 @@ class HeadWindow:
 
     def add(self, outputs: ObjectiveOutput) -> None:
         counts = [outputs.correct, outputs.correct_top_k, outputs.counted]
-        sums = torch.stack([outputs.losses.detach(), *(count.sum(0) for count in counts)]).double()
+        sums = torch.stack([outputs.losses.detach(), *(count.sum(0) for count in counts)])
         self.sums = sums if self.sums is None else self.sums + sums
         self.batches += 1
 

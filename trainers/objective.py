@@ -66,7 +66,7 @@ class Objective:
         next_states: torch.Tensor | None = None,
         base_logits=None,
         training: bool = False,
-        counted_everywhere=None,
+        divisor: torch.Tensor | None = None,
     ) -> ObjectiveOutput:
         """The training forward: the same heads as `MLPSpeculatorPreTrainedModel.forward`, without keeping logits.
 
@@ -76,8 +76,7 @@ class Objective:
                 model draws head `i`'s target at position `j` from; for losses on its distribution.
             base_logits: from such vectors (..., emb_dim) to the base model's logits (..., vocab).
             training: whether the heads are fed as in training.
-            counted_everywhere: from positions counted here (n_predict,) to the divisor of the sums of losses; with
-                several processes, their mean.
+            divisor: (n_predict,), what the sums of losses are divided by; by default the positions that count here.
         """
         batch, n, _ = hidden_states.shape
         if training and self.hidden_state_noise:
@@ -101,13 +100,12 @@ class Objective:
             if training and self.unrolled_share and head + 1 < len(speculator.head):
                 own = torch.rand(tokens.shape, device=tokens.device) < self.unrolled_share
                 tokens = torch.where(own, observed[-1][:, :, 3].long(), tokens)
-        targets = labels.unfold(1, n, 1).transpose(0, 1)  # (n_predict, batch, n)
-        counted = (targets != -100).sum(-1)  # (n_predict, batch)
-        divisor = counted.sum(-1) if counted_everywhere is None else counted_everywhere(counted.sum(-1))
+        counted = counted_labels(labels, len(speculator.head))
+        divisor = counted.sum(0) if divisor is None else divisor
         losses = torch.stack(sums) / divisor.clamp(min=torch.finfo(torch.float32).tiny)
-        loss = (losses * losses.new_tensor(self.head_weights)).sum()
+        loss = sum(weight * loss for weight, loss in zip(self.head_weights, losses.unbind(), strict=True))
         row_losses, correct, correct_top_k, _ = torch.stack(observed).sum(2).unbind(-1)  # (n_predict, batch)
-        return ObjectiveOutput(loss, losses, row_losses.T, correct.T, correct_top_k.T, counted.T)
+        return ObjectiveOutput(loss, losses, row_losses.T, correct.T, correct_top_k.T, counted)
 
     def _score(self, logits, at, top_k, labels, next_states, base_logits):
         """The sum of losses of a chunk; of each position the loss, if the head is right, drafts it, its choice."""
@@ -121,3 +119,9 @@ class Objective:
         # A token is exact in float32, up to 2^24.
         values = [losses.detach(), (choice == labels).float(), drafted.float(), choice.float()]
         return losses.sum(), torch.stack(values, dim=-1)
+
+
+def counted_labels(labels: torch.Tensor, n_predict: int) -> torch.Tensor:
+    """How many positions of each row count for each head: (batch, n + n_predict - 1) -> (batch, n_predict)."""
+    n = labels.shape[1] - n_predict + 1
+    return (labels != -100).unfold(1, n, 1).sum(-1)

@@ -1,6 +1,7 @@
 """Where weights come from: what was trained, on what, with what, for how long."""
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 from importlib import metadata
@@ -33,6 +34,7 @@ def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculato
     return {
         "base_model": base_model.config.name_or_path,
         "base_model_revision": revision_of(base_model.config.name_or_path),
+        "base_model_weights": digest(base_model),
         "speculator": speculator.config.to_diff_dict(),
         "trainable_parameters": sum(weight.numel() for weight in speculator.parameters() if weight.requires_grad),
         "arguments": {key: value for key, value in args.to_dict().items() if _is_telling(key, value, args)},
@@ -41,6 +43,15 @@ def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculato
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "machine": machine() | {"gpus": torch.cuda.device_count()},
     }
+
+
+def digest(model: PreTrainedModel) -> str:
+    """Of names, shapes, dtypes and the first numbers of a model's weights, to tell others apart; of whole weights."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        first = weight.detach().flatten()[:16].float().tolist() if weight.device.type != "meta" else []
+        found.update(json.dumps([name, list(weight.shape), str(weight.dtype), first]).encode())
+    return found.hexdigest()[:16]
 
 
 def _is_telling(key: str, value, args: TrainingArguments) -> bool:

@@ -16,9 +16,9 @@ from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
 from .checkpoints import SafeTrainer, latest_checkpoint
 from .continuations import ContinuationSampler
-from .distribution import are_finite, check_distribution, is_sharded, place_base_model
+from .distribution import are_finite, check_distribution, is_sharded, place_base_model, prepare_fsdp
 from .metrics import HeadWindow, Stopwatch, head_metrics
-from .objective import Objective
+from .objective import Objective, counted_labels
 from .provenance import known_before, seconds_in, write_provenance
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
@@ -58,12 +58,17 @@ class SpeculatorTrainer(SafeTrainer):
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs. Start it with `accelerate launch`, one process each."
             )
-        for name in ("train_dataset", "eval_dataset"):
-            if isinstance(kwargs.get(name), Sized) and len(kwargs[name]) == 0:
-                raise ValueError(f"`{name}` has no rows. Give it some, or None.")
+        _check_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        if generation_length <= model.config.n_predict:
+            raise ValueError(
+                f"`generation_length={generation_length}` is too short for {model.config.n_predict} heads, which need "
+                f"{model.config.n_predict + 1} tokens."
+            )
         kwargs.setdefault("compute_metrics", head_metrics)
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self.accelerator, args.num_processes)
+        prepare_fsdp(model, self.accelerator)
+        facts = known_before(args, base_model, model) | (facts or {})
         self.base_model = place_base_model(base_model, self.accelerator, args.shard_base_model)
         config = model.config
         self.n_predict = config.n_predict
@@ -97,57 +102,66 @@ class SpeculatorTrainer(SafeTrainer):
             self.generation_seed,
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
-        self.facts = known_before(args, base_model, model) | (facts or {})
-        self.seconds_before, self.started = 0.0, time.perf_counter()
+        self.facts, self.seconds_before, self.started = facts, 0.0, time.perf_counter()
+        self._divisor = None  # of the sums of losses of a step's micro-batches
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "position_ids", "continuation"]
 
     def _datasets(self) -> list:
-        return [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [self.train_dataset, *evaluated]
 
     # What is trained on
 
     def batch(self, inputs: dict[str, torch.Tensor]) -> TrainingBatch:
-        """Stage 1: all of the text, from its first token on.
-
-        The first `n_predict` + 1 tokens of a document are no targets where another comes before it in the sequence:
-        some head would have to guess them from that one.
-        """
+        """Stage 1: all of the text, from its first token on."""
         text, position_ids = inputs["input_ids"], inputs.get("position_ids")
-        labels = text
-        if position_ids is not None:
-            begins_at = torch.arange(text.shape[1], device=text.device) - position_ids
-            labels = text.masked_fill((begins_at > 0) & (position_ids <= self.n_predict), -100)
         with self.watch.measure("base_model", text.numel()):
             states = read(self.base_model, text[:, :-1], None if position_ids is None else position_ids[:, :-1])
-        return align(states, text[:, 1:], labels[:, 1:], self.n_predict)
+        return align(states, text[:, 1:], self.labels(inputs), self.n_predict)
+
+    def labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tokens after the first one, with -100 in place of those that are no targets.
+
+        The first `n_predict` + 1 tokens of a document are none where another comes before it in the sequence: some
+        head would have to guess them from that one.
+        """
+        text, position_ids = inputs["input_ids"], inputs.get("position_ids")
+        if position_ids is None:
+            return text[:, 1:]
+        begins_at = torch.arange(text.shape[1], device=text.device) - position_ids
+        return text.masked_fill((begins_at > 0) & (position_ids <= self.n_predict), -100)[:, 1:]
 
     # A step
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, whose losses are one mean: over all of them and all processes."""
+        samples, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = self.complete(samples, device)
+        counted = [counted_labels(self.labels(sample)[:, 1:], self.n_predict).sum(0) for sample in samples]
+        if counted:
+            mean = torch.stack(counted).float().mean(0).to(device)
+            self._divisor = self.accelerator.reduce(mean, reduction="mean")
+        return samples, n_items
+
+    def complete(self, samples: list[dict], device: torch.device) -> list[dict]:
+        """The micro-batches of a step, with all that `batch` needs."""
+        return samples
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.batch(inputs)
-        outputs = model(
-            batch.hidden_states,
-            batch.input_ids,
-            batch.labels,
-            objective=partial(
-                self.objective,
-                next_states=batch.next_states,
-                base_logits=partial(output_logits, self.base_model),
-                training=model.training,
-                counted_everywhere=self._mean_over_processes if model.training else None,
-            ),
+        objective = partial(
+            self.objective,
+            next_states=batch.next_states,
+            base_logits=partial(output_logits, self.base_model),
+            training=model.training,
+            divisor=self._divisor if model.training else None,
         )
+        outputs = model(batch.hidden_states, batch.input_ids, batch.labels, objective=objective)
         if model.training:
             self.heads.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _mean_over_processes(self, counted: torch.Tensor) -> torch.Tensor:
-        """So that the mean of the processes' losses is that of one process with all of their rows."""
-        if self.accelerator.num_processes == 1:
-            return counted
-        return self.accelerator.reduce(counted.float(), reduction="mean")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -155,27 +169,25 @@ class SpeculatorTrainer(SafeTrainer):
         super().log(logs, start_time)
 
     def _read_window(self) -> dict[str, float]:
-        means = self.heads.read(partial(self.accelerator.reduce, reduction="sum"))
-        self._require(all(map(math.isfinite, means.values())))
+        means = self.heads.read(partial(self.accelerator.reduce, reduction="sum"))  # the same in every process
+        if not all(map(math.isfinite, means.values())):
+            self._stop()
         return means
 
-    def _require(self, finite: bool) -> None:
-        """Stops a run whose loss or weights are not finite, in all processes together."""
-        broken = torch.tensor(0.0 if finite else 1.0, device=self.args.device)
-        if self.accelerator.reduce(broken, reduction="sum") > 0:
-            raise ValueError(
-                f"The loss is not finite at step {self.state.global_step}. Nothing was saved since the last complete "
-                f"checkpoint, {latest_checkpoint(self.args.output_dir)}. Lower `learning_rate`, or check the data and "
-                "the base model's dtype: float16 overflows where bfloat16 does not."
-            )
+    def _stop(self) -> None:
+        raise ValueError(
+            f"The loss is not finite at step {self.state.global_step}. Nothing was saved since the last complete "
+            f"checkpoint, {latest_checkpoint(self.args.output_dir)}. Lower `learning_rate`, or check the data and the "
+            "base model's dtype: float16 overflows where bfloat16 does not."
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self.seconds_before = seconds_in(resume_from_checkpoint)
+        checkpoint = (
+            latest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        self.seconds_before = seconds_in(checkpoint) if checkpoint else 0.0
         self.started = time.perf_counter()
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(checkpoint, *args, **kwargs)
         self._read_window()  # of the steps since the last log
         return result
 
@@ -192,12 +204,18 @@ class SpeculatorTrainer(SafeTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             seconds = self.seconds_before + time.perf_counter() - self.started
-            progress = {"steps": self.state.global_step, "seconds": round(seconds, 1)}
+            best, steps = self.state.best_global_step, self.state.global_step
+            is_best = (
+                not _internal_call and self.args.load_best_model_at_end and best
+            )  # loaded when the training ended
+            progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": round(seconds, 1)}
             write_provenance(output_dir or self.args.output_dir, self.facts | progress)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Keeps nothing of a run that has gone wrong."""
-        self._require(self.heads.is_finite() and are_finite(self.model))
+        broken = not (self.heads.is_finite() and are_finite(self.model))
+        if self.accelerator.reduce(torch.tensor(float(broken), device=self.args.device), reduction="sum") > 0:
+            self._stop()
         super()._save_checkpoint(model, trial)
 
     # Evaluation
@@ -222,3 +240,12 @@ class SpeculatorTrainer(SafeTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         of_rows = (outputs.row_losses, outputs.correct, outputs.correct_top_k)
         return loss, tuple(values.contiguous() for values in of_rows), outputs.counted.contiguous()
+
+
+def _check_data(train_dataset, eval_dataset) -> None:
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for name, data in [("train_dataset", train_dataset), *(("eval_dataset", data) for data in evaluated)]:
+        if isinstance(data, Sized) and len(data) == 0:
+            raise ValueError(f"`{name}` has no rows. Give it some, or None.")
+        if name == "eval_dataset" and not isinstance(data, Sized | None):
+            raise ValueError("`eval_dataset` is a stream, of which nobody knows the end. Take some rows of it.")

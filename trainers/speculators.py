@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..configuration_mlp_speculator import MLPSpeculatorConfig
 from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
@@ -25,8 +26,8 @@ _OF_A_NEW_ONE = (
 )
 
 
-# All products with weights of either cell; embeddings stay as they are.
-_LORA_TARGETS = r".*(proj|head)\.\d+"
+# All products with weights of either cell, but for the one that nothing reads; embeddings stay as they are.
+_LORA_TARGETS = r".*(proj|head)\.\d+(?<!forget_proj\.0)"
 
 
 def load_or_create_speculator(
@@ -81,15 +82,19 @@ def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftM
             "that has its own. Drop them, or drop `speculator`."
         )
     folder = Path(args.speculator)
-    if folder.is_dir() and (folder / "adapter_config.json").is_file():
-        adapter = PeftConfig.from_pretrained(args.speculator)
-        speculator = AutoModel.from_pretrained(adapter.base_model_name_or_path, dtype=torch.float32)
-        return PeftModel.from_pretrained(speculator, args.speculator, is_trainable=True)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not {"config.json", ADAPTER_CONFIG_NAME} & {path.name for path in folder.iterdir()}:
         raise ValueError(
             f"`speculator: {args.speculator}` holds no speculator (no config.json). If its training was interrupted, "
             "start it again: it goes on from its last checkpoint."
         )
+    if find_adapter_config_file(args.speculator) is not None:
+        if args.lora_rank is not None:
+            raise ValueError(
+                f"`speculator: {args.speculator}` is an adapter, which has its own rank. Drop `lora_rank`."
+            )
+        adapted = PeftConfig.from_pretrained(args.speculator).base_model_name_or_path
+        speculator = AutoModel.from_pretrained(adapted, dtype=torch.float32)
+        return PeftModel.from_pretrained(speculator, args.speculator, is_trainable=True)
     speculator = AutoModel.from_pretrained(args.speculator, dtype=torch.float32)
     trained_for = getattr(speculator.config, "base_model_name_or_path", None)
     if trained_for not in (None, args.base_model):

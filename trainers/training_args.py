@@ -65,14 +65,24 @@ class DataArguments:
     separate_documents: bool = field(
         default=True, metadata={"help": "No attention between the documents that share a sequence."}
     )
-    validation_fraction: float = field(default=0.01, metadata={"help": "Share of the sequences held out ..."})
-    validation_sequences: int = field(default=256, metadata={"help": "... but no more than these."})
+    validation_fraction: float = field(
+        default=0.01, metadata={"help": "Share of the sequences held out (0: none) ..."}
+    )
+    validation_sequences: int = field(
+        default=256, metadata={"help": "... but no more than these; of a stream, exactly these."}
+    )
     sequence_length: int = field(default=4096, metadata={"help": "Tokens of a stage-1 sequence."})
     prompt_length: int = field(default=64, metadata={"help": "Stage 2 and evaluation: tokens of a prompt."})
     generation_length: int = field(default=256, metadata={"help": "Stage 2 and evaluation: tokens generated after."})
     generated_dataset: str | None = field(
         default=None, metadata={"help": "Stage 2: a folder to keep the continuations in; what is there is trained on."}
     )
+
+    def __post_init__(self):
+        lengths = ("validation_sequences", "sequence_length", "prompt_length", "generation_length", "shuffle_buffer")
+        for name in lengths:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
 
 @dataclass
@@ -96,6 +106,9 @@ class SpeculatorTrainingArguments(TrainingArguments):
     generation_cache: str | None = field(
         default=None, metadata={"help": '"static" (compiled on a GPU) or "dynamic"; null: static on a GPU.'}
     )
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Prompts continued at once on a GPU; null: per_device_train_batch_size."}
+    )
     generation_seed: int | None = field(
         default=None, metadata={"help": "Of the continuations; null: that of the training."}
     )
@@ -115,6 +128,7 @@ class SpeculatorTrainingArguments(TrainingArguments):
     learning_rate: float = 1e-3
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
+    logging_nan_inf_filter: bool = False  # it would hide them, and wait for the device at each step to do so
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
@@ -170,28 +184,38 @@ def parse_recipe(
     flags = {option: action for action in parser._actions for option in action.option_strings}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
 
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    recipe = {}
-    if "--config" in args:
-        at = args.index("--config")
-        if at + 1 == len(args):
-            raise ValueError("`--config` needs the path of a YAML file.")
-        recipe = _read(args[at + 1], known)
-        args[at : at + 2] = []
+    args, path = split_config(args)
+    recipe = {} if path is None else _read(path, known)
     for at, arg in reversed(list(enumerate(args))):
         if arg.startswith("--") and arg != "--help":
             key, _, value = arg[2:].partition("=")
+            key = key.replace("-", "_")
+            if f"--{key}" in flags and key not in known:  # of a switch: no_...
+                key = key.removeprefix("no_")
             _check_key(key, known, "the command line")
             recipe.pop(key, None)
             if value == "null" or (not value and args[at + 1 : at + 2] == ["null"]):
                 args[at : at + (1 if value else 2)] = []
 
     for key, value in recipe.items():
+        if value is False and "no" in (flags[f"--{key}"].choices or ()):
+            value = "no"  # which YAML takes for false
         args = _as_flags(key, value, takes_list=flags[f"--{key}"].nargs == "+") + args
     *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"Values without a key: {unknown}. Options are written `--key value`.")
     return tuple(parsed)
+
+
+def split_config(args: list[str]) -> tuple[list[str], str | None]:
+    """A command line without its `--config FILE` or `--config=FILE`, and that file."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in args:
+        return args, None
+    at = args.index("--config")
+    if at + 1 == len(args):
+        raise ValueError("`--config` needs the path of a YAML file.")
+    return args[:at] + args[at + 2 :], args[at + 1]
 
 
 def _read(path: str, known: Collection[str]) -> dict:
