@@ -90,13 +90,18 @@ def train(args, name: str, seed: int) -> Path:
 
 def run(stage: int, flags: dict) -> None:
     folder = flags["output_dir"]
+    flags = {key: [*map(str, value if isinstance(value, list) else [value])] for key, value in flags.items()}
+    made_with = folder / "flags.json"
     if (folder / "trainer_state.json").is_file():  # what a training writes last
+        if json.loads(made_with.read_text()) != flags:
+            sys.exit(f"{folder} was trained with other flags ({made_with}): delete it, or take another --output_dir.")
         return
     command = [sys.executable, str(RECIPES / "train_speculator.py")]
     command += ["--config", str(RECIPES / f"quickstart/stage{stage}.yaml")]
-    for key, value in flags.items():
-        command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    for key, values in flags.items():
+        command += [f"--{key}", *values]
     folder.mkdir(parents=True, exist_ok=True)
+    made_with.write_text(json.dumps(flags))
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -113,7 +118,8 @@ def held_out_texts(args) -> dict[str, Continuations]:
     greedy, sampled = (
         ContinuationSampler(base_model, NEW_TOKENS, temperature)(prompts, seed=0) for temperature in (0.0, 1.0)
     )
-    varied = torch.tensor([evaluation.distinct_ngrams(row, 4) > LOOPS_BELOW for row in greedy.tokens.tolist()])
+    written = [[token for token in row if token != -100] for row in greedy.labels.tolist()]
+    varied = torch.tensor([evaluation.distinct_ngrams(row, 4) > LOOPS_BELOW for row in written])
     return {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
 
 

@@ -57,6 +57,8 @@ def main() -> None:
     checkpoint = args.resume_from_checkpoint
     if checkpoint in (None, "True", "true"):  # to go on from the newest is what a second run does anyway
         checkpoint = latest_checkpoint(args.output_dir)
+    elif checkpoint in ("False", "false"):
+        checkpoint = None
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -67,6 +69,7 @@ def main() -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    trainer.accelerator.end_training()
 
 
 def load_base_model(model_args, args):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from trainings import TRAININGS, speculator, train
+from trainings import BF16, TRAININGS, speculator, train
 
 from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingArguments
 from modeling_speculator.trainers.distribution import check_distribution
@@ -36,16 +36,16 @@ def of_two_processes(tmp_path_factory):
     return folder
 
 
-def assert_equal(one, one_logs, other, rounding=1e-4):
+def assert_equal(one, one_logs, other):
     other_logs = json.loads((other / "logs.json").read_text())
     assert [log.keys() for log in one_logs] == [log.keys() for log in other_logs]
     for mine, theirs in zip(one_logs, other_logs, strict=True):
         for key, value in mine.items():
-            assert float(theirs[key]) == pytest.approx(float(value), rel=rounding), key
+            assert float(theirs[key]) == pytest.approx(float(value), rel=1e-4), key
     weights, other_weights = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == other_weights.keys()
     for key, value in weights.items():
-        torch.testing.assert_close(other_weights[key], value, atol=rounding / 10, rtol=rounding)
+        torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -53,7 +53,7 @@ def test_two_processes_are_one(tmp_path, of_two_processes, name):
     logs = train(tmp_path, 1, **TRAININGS[name])
     losses = [float(log["loss"]) for log in logs if "loss" in log]
     assert len(losses) == 4
-    assert_equal(tmp_path, logs, of_two_processes / name, rounding=2e-2 if name == "bf16" else 1e-4)
+    assert_equal(tmp_path, logs, of_two_processes / name)
 
 
 def test_fsdp2(tmp_path):
@@ -73,7 +73,7 @@ def test_fsdp2_in_bf16(tmp_path):
     output = launch("trainings_fsdp.py", tmp_path, "bf16", **settings)
     assert output.count("losses in torch.float32") == 2
     assert output.count("sums of gradients in torch.float32") == 2
-    logs = train(tmp_path / "one", 1, **TRAININGS["bf16"])
+    logs = train(tmp_path / "one", 1, **BF16)
     losses = [float(log["loss"]) for log in logs if "loss" in log]
     theirs = [float(log["loss"]) for log in json.loads((tmp_path / "bf16/logs.json").read_text()) if "loss" in log]
     assert theirs == pytest.approx(losses, rel=1e-2)

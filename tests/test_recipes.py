@@ -53,7 +53,7 @@ def test_targets_have_the_published_recipe(target):
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 8
     assert (data.sequence_length, data.streaming) == (4096, True)
     _, data2, training2 = parse_recipe(["--config", str(ROOT / f"recipes/{target}/stage2.yaml")])
-    assert training2.per_device_train_batch_size == 96
+    assert training2.per_device_train_batch_size * training2.gradient_accumulation_steps == 96
     assert (data2.prompt_length, data2.generation_length) == (64, 256)
     assert (training2.generation_temperature, training2.generation_top_k) == (1.0, 10)
     for args, steps, peak, warmup in ((training, 15_000, 1e-3, 750), (training2, 6_000, 1e-4, 300)):

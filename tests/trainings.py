@@ -26,8 +26,8 @@ TRAININGS = {
     "sharded base model, stage 2": {"stage": 2, "shard_base_model": True},
     "written before": {"stage": 2, "written": True},
     "tied": {"tied": True},
-    "bf16": {"bf16": True},
 }
+BF16 = {"bf16": True}
 
 
 def speculator(n_predict=3, **kwargs):
@@ -92,9 +92,11 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     state = PartialState(cpu=True)
     for name in names or TRAININGS:
-        logs = train(Path(folder) / name, state.num_processes, **TRAININGS[name])
+        logs = train(Path(folder) / name, state.num_processes, **TRAININGS.get(name, BF16))
         if state.is_main_process:
             (Path(folder) / name / "logs.json").write_text(json.dumps(logs))
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

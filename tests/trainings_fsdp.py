@@ -30,10 +30,10 @@ def train_and_tell(self, *args, **kwargs):
     result = train(self, *args, **kwargs)
     assert self.accelerator.distributed_type == DistributedType.FSDP
     assert all(isinstance(weight, DTensor) for weight in self.model.parameters())
-    print("a share of the speculator")
-    print("losses in", self.heads_dtype)
     policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
-    print("sums of gradients in", policy and policy.reduce_dtype)
+    sums = policy and policy.reduce_dtype
+    # At once: two processes print.
+    print(f"a share of the speculator\nlosses in {self.heads_dtype}\nsums of gradients in {sums}\n", end="")
     return result
 
 

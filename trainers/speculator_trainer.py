@@ -7,6 +7,7 @@ from functools import partial
 from operator import mul
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..checks import check_shapes
@@ -210,6 +211,13 @@ class SpeculatorTrainer(SafeTrainer):
             )  # loaded when the training ended
             progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": round(seconds, 1)}
             write_provenance(output_dir or self.args.output_dir, self.facts | progress)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Saves tied weights once: those that were gathered have lost that they are one."""
+        tied = self.model._tied_weights_keys if getattr(self.model.config, "tie_weights", False) else {}
+        if state_dict is not None and not isinstance(self.model, PeftModel):
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Keeps nothing of a run that has gone wrong."""
