@@ -81,7 +81,6 @@ def test_benchmark_training(run):
     first = report["stage1"]
     assert first["step_over_parts"] == pytest.approx(first["step_s"] / (first["base_model_s"] + first["speculator_s"]))
     assert report["stage2"]["over_generate"] > 0
-    assert report["hours_of_the_published_21000_steps"] > 0
 
 
 def test_benchmark_loss(run):
