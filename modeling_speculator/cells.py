@@ -33,14 +33,15 @@ class Cell(nn.Module):
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__()
         self.inner_dim = config.inner_dim or config.emb_dim
-        self.head = nn.ModuleList(
-            nn.Linear(self.inner_dim, config.vocab_size, bias=False) for _ in range(config.n_predict)
-        )
         self.scale_input = config.scale_input
         # How much of the state comes from the state before and how much from the token, so that its variance is kept.
         state_weight = 0.5 ** (0.5 / config.n_predict)
         emb_weight = math.sqrt((1 - state_weight**2) * self.inner_dim / 2)
         self.emb_scale = emb_weight / state_weight
+
+    def lm_heads(self, config: MLPSpeculatorConfig) -> nn.ModuleList:
+        """What a cell keeps as `head`."""
+        return nn.ModuleList(nn.Linear(self.inner_dim, config.vocab_size, bias=False) for _ in range(config.n_predict))
 
     def first_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Context vectors (..., emb_dim) -> what head 0 starts from, in the speculator's dtype."""
@@ -90,6 +91,7 @@ class MLPSpeculator(Cell):
         heads, inner_dim = range(config.n_predict), self.inner_dim
         self.emb = nn.ModuleList(nn.Embedding(config.vocab_size, inner_dim) for _ in heads)
         self.proj = nn.ModuleList(nn.Linear(inner_dim if i else config.emb_dim, inner_dim, bias=False) for i in heads)
+        self.head = self.lm_heads(config)
         self.ln = nn.ModuleList(MLPSpeculatorRMSNorm(inner_dim) for _ in heads)
 
     def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -123,6 +125,7 @@ class GatedMLPSpeculator(Cell):
 
         self.forget_emb = nn.ModuleList([nn.Embedding(config.vocab_size, self.inner_dim)])  # for all four
         self.forget_proj, self.input_proj, self.output_proj, self.cell_proj = (projections() for _ in range(4))
+        self.head = self.lm_heads(config)
         self.cell_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
         self.state_ln = nn.ModuleList([MLPSpeculatorRMSNorm(self.inner_dim)])
         self.freeze_unread()
