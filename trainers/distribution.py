@@ -61,7 +61,7 @@ def place_base_model(base_model: PreTrainedModel, accelerator: Accelerator, shar
     Raises:
         ValueError: if it can't be sharded.
     """
-    base_model = base_model.eval().requires_grad_(False)
+    base_model = base_model.eval()
     quantized = getattr(base_model, "hf_quantizer", None) is not None
     zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and (
         accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -76,6 +76,7 @@ def place_base_model(base_model: PreTrainedModel, accelerator: Accelerator, shar
             "`shard_base_model` needs several processes to shard over: start them with `accelerate launch`."
         )
     whole = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base_model.parameters())
+    base_model.requires_grad_(False)  # or gradients of shares would be reckoned with
     base_model = _own_zero3_engine(base_model, accelerator) if zero3 else _fully_sharded(base_model, accelerator)
     held = sum(_held_here(weight).numel() for weight in base_model.parameters())
     if held > 1.5 * whole / accelerator.num_processes:
