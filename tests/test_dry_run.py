@@ -12,7 +12,7 @@ from modeling_speculator.trainers import dry_run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA_2_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
-TARGETS = {  # config, and parameters of base model and speculator (REFERENCE: published checkpoints; formulas)
+TARGETS = {  # config, and parameters of base model and speculator (of the published checkpoints)
     "llama2-7b": (
         LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
         ("6.738 B", "836.8 M"),

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import tiny_model
 from torch import nn
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -250,9 +250,8 @@ def test_output_logits_are_those_of_every_family(family):
     torch.testing.assert_close(output_logits(model, states[0]), expected)
 
 
-def test_a_family_whose_logits_are_not_known_is_refused(llama):
+def test_a_family_whose_logits_are_not_known_is_refused():
     model = tiny_model("llama")
     model.register_forward_hook(lambda module, args, output: output.__setitem__("logits", output.logits * 2))
     with pytest.raises(ValueError, match="not known as a function"):
         check_output_logits(model, torch.device("cpu"))
-    assert FAMILIES

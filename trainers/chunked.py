@@ -56,7 +56,7 @@ class _LinearScore(torch.autograd.Function):
     """Takes the gradient of a chunk's logits while they are there, so that backward need not make them again.
 
     (The idea of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, for any loss.) Compared with torch 2.13's
-    `linear_cross_entropy`: recipes/benchmark_training.py.
+    `linear_cross_entropy`: recipes/benchmark_loss.py.
     """
 
     @staticmethod

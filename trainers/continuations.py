@@ -32,7 +32,7 @@ class ContinuationSampler:
     training are used up.
 
     Args:
-        base_model: as `base_model.place` has placed it.
+        base_model: as `distribution.place_base_model` has placed it.
         generation_length: tokens after each prompt.
         temperature, top_k: of the distribution that tokens are drawn from (published recipe: 1.0 and 10); greedy at a
             temperature of 0.
