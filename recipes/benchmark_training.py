@@ -11,6 +11,8 @@ import argparse
 import json
 import statistics
 import time
+import timeit
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -78,10 +80,7 @@ def build(args, folder: str, trainer_class, rows: int, length: int, **options):
 
 
 class Clock(TrainerCallback):
-    """When each step ended; the first of a training is not counted."""
-
-    def __init__(self):
-        self.ends, self.steps = [], []
+    """When each step of a training ended."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.ends = []
@@ -89,19 +88,14 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
         self.ends.append(time.perf_counter())
-        if len(self.ends) > 2:
-            self.steps.append(self.ends[-1] - self.ends[-2])
+
+    def step(self) -> float:
+        """Median seconds, without the first two."""
+        return statistics.median(end - start for start, end in pairwise(self.ends[1:]))
 
 
 def seconds(run, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(lambda: (run(), synchronize()), number=1, repeat=repeats))
 
 
 def stage1(args, folder: str) -> dict:
@@ -114,11 +108,10 @@ def stage1(args, folder: str) -> dict:
 
     rounds = []
     for _ in range(args.rounds):
-        clock.steps = []
         trainer.train()
         parts = [seconds(lambda: trainer.batch({"input_ids": text}), args.steps), seconds(speculate, args.steps)]
         trainer.model.zero_grad()
-        rounds.append([statistics.median(clock.steps), *parts])
+        rounds.append([clock.step(), *parts])
     step, base_model, speculator = (statistics.median(column) for column in zip(*rounds, strict=True))
     return {
         "step_s": step,
@@ -145,7 +138,7 @@ def stage2(args, folder: str) -> dict:
 
     rates = time_in_turn({"generate": generate, "with states": write}, args.rounds)
     return {
-        "step_s": statistics.median(clock.steps),
+        "step_s": clock.step(),
         "generate_tokens_per_second": statistics.median(rates["generate"]),
         "tokens_per_second": statistics.median(rates["with states"]),
         "over_generate": speedup(rates, of="with states", over="generate"),

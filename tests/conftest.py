@@ -15,6 +15,9 @@ if "HF_DATASETS_CACHE" not in os.environ:  # a child process uses its parent's
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
+from trainings import rows, speculator
+
+from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer
 
 
 torch.set_num_threads(1)  # tiny models are faster so
@@ -37,3 +40,18 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return folder
+
+
+STAGES = {"stage 1": (SpeculatorTrainer, {}), "stage 2": (DistillationTrainer, {"generation_length": 8})}
+
+
+@pytest.fixture(params=STAGES)
+def make_trainer(request):
+    """Each stage's trainer, on random text where none is given."""
+    trainer_class, options = STAGES[request.param]
+
+    def make(base_model, args, model=None, **kwargs):
+        kwargs = {"train_dataset": rows(16, 12), "eval_dataset": rows(4, 12, seed=1)} | options | kwargs
+        return trainer_class(model=model or speculator(), base_model=base_model, args=args, **kwargs)
+
+    return make

@@ -32,8 +32,8 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", losses.DISTRIBUTION_LOSSES)
 def test_losses_by_hand(name):
-    """Logits are log-probs plus anything; a probability of 0 is one that float32 does not show."""
-    theirs, ours = P.clamp(min=1e-30).log() + 3.0, Q.log() - 5.0
+    """Logits are log-probs plus anything; a token that is ruled out has one of -inf."""
+    theirs, ours = P.log() + 3.0, Q.log() - 5.0
     torch.testing.assert_close(losses.DISTRIBUTION_LOSSES[name](ours, theirs), torch.tensor(BY_HAND[name]))
 
 
@@ -58,8 +58,9 @@ def test_its_gradient_is_total_variations_over_alpha():
     torch.testing.assert_close(of_log, of_tv / losses.acceptance(q, p).detach()[:, None])
 
 
-def test_a_draft_that_can_never_be_accepted_has_a_finite_loss():
-    p, q = torch.tensor([[0.0, -1e5]]), torch.tensor([[-1e5, 0.0]], requires_grad=True)
+@pytest.mark.parametrize("ruled_out", [-1e5, -math.inf])
+def test_a_draft_that_can_never_be_accepted_has_a_finite_loss(ruled_out):
+    p, q = torch.tensor([[0.0, ruled_out]]), torch.tensor([[-1e5, 0.0]], requires_grad=True)
     for loss in losses.DISTRIBUTION_LOSSES.values():
         value = loss(q, p)
         assert value.isfinite().all()
@@ -219,6 +220,20 @@ def test_the_base_models_distribution_is_that_of_the_heads_token(speculator):
             if labels[row, head + j] != -100
         ]
         torch.testing.assert_close(out.losses[head], torch.cat(values).mean())
+
+
+def test_the_base_models_distribution_may_be_that_which_tokens_are_sampled_from(speculator):
+    hidden_states, input_ids, labels = inputs()
+    next_states, weight = torch.randn(2, 8, 8), torch.randn(30, 8)
+    options = {"next_states": next_states, "base_logits": lambda states: states @ weight.T}
+    sharp = objective(["forward_kl"], target_temperature=0.5, target_top_k=4)
+    out = speculator(hidden_states, input_ids, labels, objective=partial(sharp, **options))
+    logits = next_states[:, :6] @ weight.T * 2
+    best = logits.topk(4).indices
+    p = torch.zeros_like(logits).scatter(-1, best, logits.gather(-1, best).softmax(-1))
+    log_q = speculator(hidden_states, input_ids).logits[0].log_softmax(-1)
+    kl = (p * (p.clamp(min=1e-30).log() - log_q)).sum(-1)
+    torch.testing.assert_close(out.losses[0], kl[labels[:, :6] != -100].mean())
 
 
 def test_unrolled_heads_get_the_choices_of_the_heads_before(speculator):

@@ -116,6 +116,7 @@ def test_a_flag_wins_over_the_file(recipe):
         ("base_model_quantization: 3bit", [], "`base_model_quantization` must be"),
         ("loss: [cross_entropy, accuracy]", [], "`loss` must name one or more of cross_entropy, forward_kl"),
         ("loss: [cross_entropy, forward_kl]\nloss_weights: [1.0]", [], "`loss_weights` needs 2 numbers"),
+        ("target_top_k: 0", [], "`target_top_k` must be between 1"),
         ("unrolled_share: 1.5", [], "`unrolled_share` must be between 0 and 1"),
         ("generation_top_k: 0", [], "`generation_top_k` must be between 1 and"),
         ("generation_cache: paged", [], "`generation_cache` must be"),

@@ -46,6 +46,20 @@ def rows(n, length, documents=False, seed=0):
     return datasets.Dataset.from_dict(columns)
 
 
+def arguments(tmp_path, **kwargs):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return SpeculatorTrainingArguments(**defaults | kwargs)
+
+
 def train(folder, processes, stage=1, documents=False, stream=False, written=False, tied=False, **options):
     """A training of 4 steps; what must not depend on the number of processes."""
     train_rows = rows(32, 12, documents)

@@ -23,9 +23,9 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def forward_kl(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q): (positions, vocab) twice -> (positions,)."""
-    log_p, log_q = base_logits.log_softmax(-1), logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    """KL(p || q): (positions, vocab) twice -> (positions,). A token that p rules out (a logit of -inf) adds nothing."""
+    p = base_logits.softmax(-1)
+    return (p.xlogy(p) - p * logits.log_softmax(-1)).sum(-1)
 
 
 def acceptance(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.utils import ModelOutput
 
 from ..cells import Cell
@@ -42,6 +43,7 @@ class Objective:
             (scheduled sampling, arXiv 1506.03099).
         hidden_state_noise: standard deviation of noise on the context vectors, in units of their root mean square.
             (EAGLE, arXiv 2401.15077, section 4.2, trains with noise, of a fixed size.)
+        target_temperature, target_top_k: of the base model's distribution, as losses on it see it.
     """
 
     losses: list[str]
@@ -50,6 +52,8 @@ class Objective:
     top_k: list[int]
     unrolled_share: float = 0.0
     hidden_state_noise: float = 0.0
+    target_temperature: float = 1.0
+    target_top_k: int | None = None
     chunk_elements: int = field(default=CHUNK_ELEMENTS, repr=False)
 
     @property
@@ -111,7 +115,7 @@ class Objective:
         """The sum of losses of a chunk; of each position the loss, if the head is right, drafts it, its choice."""
         labels = labels[at]
         with torch.no_grad():
-            theirs = base_logits(next_states[at]).float() if self.needs_distribution else None
+            theirs = self._target(base_logits(next_states[at]).float()) if self.needs_distribution else None
             choice = logits.argmax(-1)
             truth = logits.gather(1, labels.clamp(min=0)[:, None])
             drafted = ((logits > truth).sum(-1) < top_k) & (labels != -100)
@@ -119,6 +123,11 @@ class Objective:
         # A token is exact in float32, up to 2^24.
         values = [losses.detach(), (choice == labels).float(), drafted.float(), choice.float()]
         return losses.sum(), torch.stack(values, dim=-1)
+
+    def _target(self, logits: torch.Tensor) -> torch.Tensor:
+        """The base model's logits (positions, vocab), warped as `generate` does where it samples."""
+        logits = TemperatureLogitsWarper(self.target_temperature)(None, logits)
+        return logits if self.target_top_k is None else TopKLogitsWarper(self.target_top_k)(None, logits)
 
 
 def counted_labels(labels: torch.Tensor, n_predict: int) -> torch.Tensor:

@@ -80,6 +80,8 @@ class SpeculatorTrainer(SafeTrainer):
             top_k=config.top_k_tokens_per_head,
             unrolled_share=args.unrolled_share,
             hidden_state_noise=args.hidden_state_noise,
+            target_temperature=args.target_temperature,
+            target_top_k=args.target_top_k,
         )
         if self.objective.needs_distribution:
             check_output_logits(self.base_model, args.device)

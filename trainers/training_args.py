@@ -101,6 +101,12 @@ class SpeculatorTrainingArguments(TrainingArguments):
     hidden_state_noise: float = field(
         default=0.0, metadata={"help": "Noise on the context vectors, in units of their root mean square."}
     )
+    target_temperature: float = field(
+        default=1.0, metadata={"help": "Of the base model's distribution, for the losses on it."}
+    )
+    target_top_k: int | None = field(
+        default=None, metadata={"help": "Likewise: the most probable tokens of it; null: all."}
+    )
     generation_temperature: float = field(default=1.0, metadata={"help": "Of the continuations that are sampled."})
     generation_top_k: int = field(default=10, metadata={"help": "Likewise."})
     generation_cache: str | None = field(
@@ -149,12 +155,15 @@ class SpeculatorTrainingArguments(TrainingArguments):
         for name, low, high in (
             ("unrolled_share", 0, 1),
             ("hidden_state_noise", 0, math.inf),
+            ("target_temperature", 1e-4, math.inf),
+            ("target_top_k", 1, math.inf),
             ("generation_temperature", 1e-4, math.inf),
             ("generation_top_k", 1, math.inf),
             ("evaluation_prompts", 0, math.inf),
         ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` must be between {low} and {high}, but is {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"`{name}` must be between {low} and {high}, but is {value}.")
         if self.generation_cache not in (None, "static", "dynamic"):
             raise ValueError(f'`generation_cache` must be "static" or "dynamic", but is {self.generation_cache!r}.')
 
