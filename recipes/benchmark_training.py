@@ -132,11 +132,8 @@ def stage2(args, folder: str) -> dict:
         trainer.base_model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
         return rows * args.new_tokens
 
-    def write() -> int:
-        trainer.sampler(prompts, 0)
-        return rows * args.new_tokens
-
-    rates = time_in_turn({"generate": generate, "with states": write}, args.rounds)
+    write = {"with states": lambda: trainer.sampler(prompts, 0).tokens.numel()}
+    rates = time_in_turn({"generate": generate} | write, args.rounds)
     return {
         "step_s": clock.step(),
         "generate_tokens_per_second": statistics.median(rates["generate"]),

@@ -23,7 +23,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def forward_kl(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q): (positions, vocab) twice -> (positions,). A token that p rules out (a logit of -inf) adds nothing."""
+    """KL(p || q), to which a token that p rules out adds nothing: (positions, vocab) twice -> (positions,)."""
     p = base_logits.softmax(-1)
     return (p.xlogy(p) - p * logits.log_softmax(-1)).sum(-1)
 
