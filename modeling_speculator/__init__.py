@@ -1,21 +1,22 @@
 """MLP speculators for the Hugging Face libraries. Importing this registers the model type and the generation hook."""
 
-from transformers import AutoConfig, AutoModel
-
 from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .drafters import register_drafter
 from .generation import install_generation_hook, remove_generation_hook
+from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .statistics import SpeculationStatistics
 
 
-AutoConfig.register(MLPSpeculatorConfig.model_type, MLPSpeculatorConfig, exist_ok=True)
-AutoModel.register(MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, exist_ok=True)
 install_generation_hook()
 
 __all__ = [
     "MLPSpeculatorConfig",
     "MLPSpeculatorPreTrainedModel",
+    "MedusaConfig",
+    "MedusaModel",
     "SpeculationStatistics",
     "install_generation_hook",
+    "register_drafter",
     "remove_generation_hook",
 ]

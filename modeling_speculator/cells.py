@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 
@@ -29,6 +30,8 @@ class Cell(nn.Module):
 
     The names of the modules are those of the published checkpoints.
     """
+
+    reads_tokens = True  # whether a state depends on the drafted tokens, and so differs between branches
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__()
@@ -52,6 +55,14 @@ class Cell(nn.Module):
 
     def freeze_unread(self) -> None:
         """Takes weights that nothing reads out of training, where a checkpoint holds such."""
+
+    def start_from(self, base_model: PreTrainedModel) -> None:
+        """Takes over weights of the base model that a new speculator starts from; by default none."""
+
+    @staticmethod
+    def tied_weights(n_predict: int) -> dict[str, str]:
+        """{weight: weight it is tied to} where the config ties weights."""
+        return {}
 
     def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """One step of the recurrence: the state after `input_ids`.
@@ -77,10 +88,16 @@ class Cell(nn.Module):
     def best_children(
         self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The state after `input_ids` (...), and the k most probable tokens then: log-probs and tokens (..., k)."""
+        """The state after `input_ids` (batch, n), and the k most probable tokens then: log-probs, tokens (..., k)."""
+        n = input_ids.shape[1]
+        if not self.reads_tokens:  # all branches are the same
+            state, input_ids = state[:, :1], input_ids[:, :1]
         state, logits = self.step(head, state, input_ids)
         best, tokens = logits.topk(k)
-        return state, best.float() - logits.float().logsumexp(-1, keepdim=True), tokens
+        best = best.float() - logits.float().logsumexp(-1, keepdim=True)
+        if not self.reads_tokens:
+            state, best, tokens = (part.repeat(1, n, 1) for part in (state, best, tokens))
+        return state, best, tokens
 
 
 class MLPSpeculator(Cell):
@@ -100,7 +117,7 @@ class MLPSpeculator(Cell):
 
     @staticmethod
     def tied_weights(n_predict: int) -> dict[str, str]:
-        """{weight: weight it is tied to}: the heads share all but the first projection, which has another shape."""
+        """The heads share all but the first projection, which has another shape."""
         tied = {}
         for head in range(1, n_predict):
             tied |= {f"{name}.{head}.weight": f"{name}.0.weight" for name in ("emb", "head", "ln")}

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 
 # Candidates that the published checkpoints draft: [5, 3, 2] for three heads, then two children per node.
 _PUBLISHED_TOP_K = [5, 3]
-METHODS = ("sum_rnn", "sum_lstm")  # the first is the published one, which config.json does not name
 
 
 class MLPSpeculatorConfig(PreTrainedConfig):
@@ -36,6 +35,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     """
 
     model_type = "mlp_speculator"
+    methods = ("sum_rnn", "sum_lstm")  # the first is the published one, which config.json does not name
     attribute_map = {"hidden_size": "emb_dim", "tie_word_embeddings": "tie_weights"}
 
     vocab_size: int = 32000
@@ -59,8 +59,8 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
-        if self.method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, but is {self.method!r}.")
+        if self.method not in self.methods:
+            raise ValueError(f"`method` must be one of {', '.join(self.methods)}, but is {self.method!r}.")
         if self.method == "sum_lstm" and not self.tie_weights:
             raise ValueError('The heads of `method="sum_lstm"` share one cell: set `tie_weights=True`.')
         if self.top_k_tokens_per_head is None:
@@ -103,7 +103,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         saved = {
             key: value for key, value in super().to_diff_dict().items() if value is not None and value is not False
         }
-        if saved.get("method") == METHODS[0]:
+        if saved.get("method") == self.methods[0]:
             del saved["method"]
         return saved
 

@@ -9,13 +9,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .checks import check_models, check_options, check_request
 from .decoding import SpeculativeDecoder
+from .drafters import is_drafter
 from .request import Request
 from .static_decoding import StaticDecoder
 from .statistics import SpeculationStatistics
-
-
-# Assistants that draft for this loop; any other goes transformers' own way.
-SPECULATOR_MODEL_TYPES = ("mlp_speculator",)
 
 
 @dataclass
@@ -36,7 +33,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         assistant_model = generation_mode_kwargs.get("assistant_model")
-        if not is_speculator(assistant_model):
+        if not is_drafter(assistant_model):
             return _originals["_validate_generation_mode"](
                 self, generation_mode, generation_config, generation_mode_kwargs
             )
@@ -54,7 +51,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
         streamer=None,
         **kwargs,
     ):
-        if not is_speculator(assistant_model):
+        if not is_drafter(assistant_model):
             return _originals["_assisted_decoding"](
                 self,
                 input_ids,
@@ -106,12 +103,6 @@ def remove_generation_hook() -> None:
     while _originals:
         name, original = _originals.popitem()
         setattr(GenerationMixin, name, original)
-
-
-def is_speculator(assistant_model) -> bool:
-    """Whether `assistant_model` is one that this package's loop drafts with."""
-    config = getattr(assistant_model, "config", None)
-    return getattr(config, "model_type", None) in SPECULATOR_MODEL_TYPES
 
 
 def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Tensor:

@@ -36,10 +36,11 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
     config_class = MLPSpeculatorConfig
     base_model_prefix = "speculator"
     main_input_name = "hidden_states"
+    cells = CELLS  # by the config's `method`
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__(config)
-        self.speculator = CELLS[config.method](config)
+        self.speculator = self.cells[config.method](config)
         tied = self.speculator.tied_weights(config.n_predict)  # honoured where config.tie_weights is set
         self._tied_weights_keys = {f"speculator.{key}": f"speculator.{source}" for key, source in tied.items()}
         self.post_init()
@@ -52,8 +53,8 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return next(module for module in self.speculator.modules() if isinstance(module, nn.Embedding))
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        return next((module for module in self.speculator.modules() if isinstance(module, nn.Embedding)), None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checks import check_shapes
+from ..drafters import DRAFTERS
 from ..families import output_logits
-from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .alignment import TrainingBatch, align
 from .base_model import read
 from .chunked import CHUNK_ELEMENTS
@@ -50,7 +50,7 @@ def dry_run(args: list[str]) -> dict:
 
 def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_config) -> dict:
     base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    speculator = MLPSpeculatorPreTrainedModel(speculator_config)
+    speculator = DRAFTERS[type(speculator_config)](speculator_config)
     check_shapes(base_model, speculator)
     rows = training.per_device_train_batch_size
     new_tokens = data.sequence_length if training.stage == 1 else data.generation_length

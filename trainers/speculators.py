@@ -9,6 +9,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from ..configuration_mlp_speculator import MLPSpeculatorConfig
+from ..drafters import DRAFTERS, config_class_of
 from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .training_args import ModelArguments
 
@@ -43,7 +44,9 @@ def load_or_create_speculator(
     elif args.lora_rank is not None:
         raise ValueError("`lora_rank` adapts a speculator that is there: set `speculator` to its folder or Hub id.")
     else:
-        speculator = MLPSpeculatorPreTrainedModel(new_config(args, base_model.config))
+        config = new_config(args, base_model.config)
+        speculator = DRAFTERS[type(config)](config)
+        speculator.speculator.start_from(base_model)
     if args.tie_to_base_model:
         _tie_to_base_model(speculator, base_model)
     return speculator
@@ -63,7 +66,7 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
                 f"`tie_to_base_model` makes the base model's embeddings, {config.hidden_size} wide, those of all "
                 "heads: drop `tie_weights` and `inner_dim`."
             )
-    return MLPSpeculatorConfig(
+    return config_class_of(given.get("method", MLPSpeculatorConfig.method))(
         vocab_size=config.vocab_size,
         emb_dim=config.hidden_size,
         base_model_name_or_path=args.base_model,

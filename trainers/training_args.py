@@ -32,7 +32,9 @@ class ModelArguments:
     inner_dim: int | None = field(default=None, metadata={"help": "Width of the state; null: the base model's."})
     top_k_tokens_per_head: list[int] | None = field(default=None, metadata={"help": "Children per node."})
     n_candidates: int | None = field(default=None, metadata={"help": "Drafted sequences to verify."})
-    method: str | None = field(default=None, metadata={"help": '"sum_rnn" (published), or "sum_lstm": a gated cell.'})
+    method: str | None = field(
+        default=None, metadata={"help": '"sum_rnn" (published), "sum_lstm" (gated), "medusa" or "unconditioned".'}
+    )
     tie_weights: bool | None = field(default=None, metadata={"help": "Share the weights among the heads."})
     scale_input: bool | None = field(default=None, metadata={"help": "Normalise the context vector."})
     tie_to_base_model: bool = field(

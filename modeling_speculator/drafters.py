@@ -1,0 +1,45 @@
+"""The drafters that the loop takes: a new one is a file beside `modeling_medusa.py`, and its line here.
+
+What the loop needs of one are `config` (with `model_type`, `vocab_size`, `emb_dim`, `n_predict`, `n_candidates`) and
+`generate_candidates`; what the trainers need besides is a `Cell`.
+"""
+
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .modeling_medusa import MedusaConfig, MedusaModel
+from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
+
+
+DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {}
+
+
+def register_drafter(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """Lets `AutoModel` load a drafter, `generate` draft with it, and a recipe train it by its `method`."""
+    DRAFTERS[config_class] = model_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
+
+
+register_drafter(MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel)
+register_drafter(MedusaConfig, MedusaModel)
+register_drafter(UnconditionedConfig, UnconditionedSpeculator)
+
+
+def is_drafter(assistant_model) -> bool:
+    """Whether `assistant_model` is one that this package's loop drafts with."""
+    model_type = getattr(getattr(assistant_model, "config", None), "model_type", None)
+    return model_type in {config_class.model_type for config_class in DRAFTERS}
+
+
+def config_class_of(method: str) -> type[MLPSpeculatorConfig]:
+    """The config of speculators of a `method`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    by_method = {method: config_class for config_class in DRAFTERS for method in getattr(config_class, "methods", ())}
+    if method not in by_method:
+        raise ValueError(f"`method` must be one of {', '.join(by_method)}, but is {method!r}.")
+    return by_method[method]
