@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.evaluation import copy_bandwidth, machine, synchronize, versions
+from modeling_speculator.benchmarking import copy_bandwidth, machine, synchronize, versions
 
 
 LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_speculator.evaluation import machine, synchronize, versions
+from modeling_speculator.benchmarking import machine, synchronize, versions
 from modeling_speculator.trainers.chunked import CHUNK_ELEMENTS, chunked_linear
 
 

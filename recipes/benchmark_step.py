@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CompileConfig, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.benchmarking import machine, speedup, step_times, time_in_turn, versions
 from modeling_speculator.decoding import max_nodes
-from modeling_speculator.evaluation import generate_greedily, machine, speedup, step_times, time_in_turn, versions
+from modeling_speculator.evaluation import generate_greedily
 
 
 COLUMNS = {

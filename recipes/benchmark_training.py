@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.evaluation import machine, speedup, synchronize, time_in_turn, versions
+from modeling_speculator.benchmarking import machine, speedup, synchronize, time_in_turn, versions
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer, SpeculatorTrainingArguments
 
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_speculator import evaluation
+from modeling_speculator import benchmarking, evaluation
 from modeling_speculator.trainers import DataArguments, load_texts, pack
 from modeling_speculator.trainers.continuations import Continuations, ContinuationSampler
 
@@ -59,7 +59,7 @@ def main() -> None:
             for (name, seed), folder in zip(runs, folders, strict=True)
         ]
     report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
-    report |= {"versions": evaluation.versions(), "machine": evaluation.machine()}
+    report |= {"versions": benchmarking.versions(), "machine": benchmarking.machine()}
     args.results.write_text(json.dumps(report, indent=1) + "\n")
     subprocess.run([sys.executable, str(RECIPES / "plot_sweep.py"), str(args.results)], check=True)
 

@@ -11,7 +11,7 @@ import huggingface_hub
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..evaluation import machine
+from ..benchmarking import machine
 
 
 FILE = "provenance.json"

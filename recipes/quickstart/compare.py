@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_speculator import SpeculationStatistics, evaluation
+from modeling_speculator import SpeculationStatistics, benchmarking
 from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         outputs = [generate_greedily(model, p, args.max_new_tokens, **options) for p in tqdm(prompts, desc=label)]
         return sum(out.shape[1] - prompt.shape[1] for out, prompt in zip(outputs, prompts, strict=True))
 
-    rates = evaluation.time_in_turn(
+    rates = benchmarking.time_in_turn(
         {
             "base": lambda: generate_all("plain       "),
             "speculative": lambda: generate_all("speculative ", assistant_model=speculator),
@@ -109,15 +109,15 @@ def write_report(args, before: list[PromptOutcome] | None, outcomes: list[Prompt
         "accepted_per_position": pool(outcomes).accepted_per_position,
         "base_tokens_per_second": statistics.median(rates["base"]),
         "speculative_tokens_per_second": statistics.median(rates["speculative"]),
-        "speedup": evaluation.speedup(rates, of="speculative", over="base"),
+        "speedup": benchmarking.speedup(rates, of="speculative", over="base"),
         "median_distinct_4grams": statistics.median(distinct),
         "distinct_4grams": distinct,
         "rates": rates,
         "base_model": args.base_model,
         "speculator": args.speculator,
         "max_new_tokens": args.max_new_tokens,
-        "versions": evaluation.versions(),
-        "machine": evaluation.machine(),
+        "versions": benchmarking.versions(),
+        "machine": benchmarking.machine(),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")

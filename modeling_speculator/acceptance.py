@@ -1,0 +1,234 @@
+"""Acceptance on prompts: what real generation accepts, beside what simulation and the heads' accuracy promise."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .evaluation import accepted_drafts, distinct_ngrams, simulate_emissions
+from .prompts import Prompt, check_lengths, encode, pad_left
+from .records import RecordFile
+from .statistics import SpeculationStatistics
+
+
+LOOPS_BELOW = 0.5  # share of distinct 4-grams; a text that loops flatters every drafter
+RESAMPLINGS = 2000
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """One continuation with a speculator.
+
+    continuation: token ids.
+    emitted_per_step, drafted_tokens: what `generate` did; see `SpeculationStatistics`.
+    simulated_per_step: what `accepted_drafts` expects of the same text, from one forward over all of it.
+    correct, correct_top_k, counted: of each head, fed the true tokens: positions where the true token is its first
+        choice, or one of those that it drafts, and all positions with a true token.
+    """
+
+    continuation: list[int]
+    emitted_per_step: list[int]
+    drafted_tokens: int
+    simulated_per_step: list[int]
+    correct: list[int]
+    correct_top_k: list[int]
+    counted: list[int]
+
+
+def measure_prompts(
+    model,
+    speculator,
+    tokenizer,
+    prompts: list[Prompt],
+    file: RecordFile,
+    batch_size: int = 16,
+    chat: bool = False,
+    seed: int = 0,
+    **options,
+) -> None:
+    """Adds a record for every turn of every prompt to a file, but for those that it holds.
+
+    Turn after turn, since a turn is asked after the answers to those before; in batches of similar lengths.
+
+    Args:
+        options: of `generate`, `max_new_tokens` among them.
+
+    Raises:
+        ValueError: for a prompt that is too long for the base model.
+    """
+    pad_token_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with tqdm(total=sum(len(prompt.turns) for prompt in prompts), unit="turn") as progress:
+        for turn in range(max(len(prompt.turns) for prompt in prompts)):
+            done = {(record["prompt"], record["turn"]): record["continuation"] for record in file.records}
+            asked = {number: prompt for number, prompt in enumerate(prompts) if len(prompt.turns) > turn}
+            past = [[tokenizer.decode(done[n, t], skip_special_tokens=True) for t in range(turn)] for n in asked]
+            texts = encode(list(asked.values()), past, tokenizer, chat)
+            check_lengths(list(asked.values()), texts, model, options["max_new_tokens"])
+            longest_first = sorted(zip(asked, texts, strict=True), key=lambda item: -len(item[1]))
+            for first in range(0, len(longest_first), batch_size):
+                numbers, rows = zip(*longest_first[first : first + batch_size], strict=True)
+                missing = {number for number in numbers if (number, turn) not in done}
+                if missing:
+                    torch.manual_seed(seed + 10_000 * turn + first)  # the same after an interruption
+                    batch = (part.to(model.device) for part in pad_left(rows, pad_token_id))
+                    measured = measure_acceptance(model, speculator, *batch, pad_token_id=pad_token_id, **options)
+                    file.add(
+                        [
+                            {"prompt": number, "turn": turn, "category": prompts[number].category} | asdict(acceptance)
+                            for number, acceptance in zip(numbers, measured, strict=True)
+                            if number in missing
+                        ]
+                    )
+                progress.update(len(numbers))
+
+
+@torch.no_grad()
+def measure_acceptance(
+    model, speculator, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
+) -> list[Acceptance]:
+    """Continues a batch of left-padded prompts (batch, length) with a speculator, one record a row.
+
+    Args:
+        options: of `generate`.
+    """
+    n_predict, length = speculator.config.n_predict, input_ids.shape[1]
+    out = model.generate(
+        input_ids,
+        attention_mask=attention_mask,
+        assistant_model=speculator,
+        return_dict_in_generate=True,
+        **options,
+    )
+    rows = out.speculation.per_sequence
+    lengths = torch.tensor([1 + row.tokens for row in rows], device=input_ids.device)
+    texts = out.sequences[:, length:]
+    beyond = torch.arange(texts.shape[1], device=input_ids.device) >= lengths[:, None]
+    # What a head would guess past the end counts as wrong, and is not counted.
+    tokens = F.pad(texts.masked_fill(beyond, -100), (0, n_predict), value=-100)
+    states = context_vectors(model, out.sequences, attention_mask)[:, length - 1 : -1]
+    simulated = simulate_emissions(accepted_drafts(speculator, states, tokens), lengths)
+    correct, correct_top_k, counted = head_accuracy(speculator, states, tokens)
+    return [
+        Acceptance(
+            continuation=texts[row, : lengths[row]].tolist(),
+            emitted_per_step=list(statistics.emitted_per_step),
+            drafted_tokens=statistics.drafted_tokens,
+            simulated_per_step=[emitted for emitted in simulated[row].tolist() if emitted],
+            correct=correct[row].tolist(),
+            correct_top_k=correct_top_k[row].tolist(),
+            counted=counted[row].tolist(),
+        )
+        for row, statistics in enumerate(rows)
+    ]
+
+
+def context_vectors(model, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Of a finished text (batch, length), left-padded as the mask of its prompt says -> (batch, length, emb_dim)."""
+    mask = F.pad(attention_mask, (0, text.shape[1] - attention_mask.shape[1]), value=1)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = model.get_decoder()(input_ids=text, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return outputs.last_hidden_state
+
+
+def head_accuracy(
+    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How often each head is right, fed the true tokens.
+
+    Args:
+        hidden_states: (batch, n, emb_dim), the context vectors that the first n tokens were drawn from.
+        tokens: (batch, n + n_predict), -100 where there is none.
+        chunk_elements: logits at a time.
+
+    Returns:
+        Positions where the true token is a head's first choice, where it is one of those that the head drafts, and
+        where there is one: (batch, n_predict) each.
+    """
+    config, (batch, n) = speculator.config, hidden_states.shape[:2]
+    width = max(1, chunk_elements // (config.n_predict * batch * config.vocab_size))
+    totals = torch.zeros(3, config.n_predict, batch, dtype=torch.long, device=tokens.device)
+    top_k = torch.tensor(config.top_k_tokens_per_head, device=tokens.device)[:, None, None]
+    for at in range(0, n, width):
+        end = min(at + width, n)
+        read = tokens[:, at : end + config.n_predict - 1].clamp(min=0)
+        logits = speculator(hidden_states[:, at:end], read).logits  # (n_predict, batch, end - at, vocab)
+        truth = tokens[:, at + 1 : end + config.n_predict].unfold(1, end - at, 1).transpose(0, 1)
+        counted = truth != -100
+        of_truth = logits.gather(-1, truth.clamp(min=0)[..., None])
+        better = (logits > of_truth).sum(-1)
+        totals += torch.stack([counted & (better == 0), counted & (better < top_k), counted]).sum(-1)
+    return tuple(totals.transpose(1, 2))
+
+
+def summarize(records: list[dict], n_predict: int) -> dict:
+    """Figures over continuations.
+
+    Args:
+        records: of `measure_prompts`: `Acceptance` as dicts, each with its `prompt`'s number, `turn` and `category`.
+
+    Returns:
+        tokens_per_step with its 95 % interval over prompts, accepted_per_position, and beside them what the heads'
+        accuracy and simulation say; without continuations that loop; where simulation and generation part.
+    """
+    whole = _pool(records, n_predict)
+    varied = [record for record in records if distinct_ngrams(record["continuation"], 4) > LOOPS_BELOW]
+    simulated = [emitted for record in records for emitted in record["simulated_per_step"]]
+    counted = [max(1, sum(column)) for column in zip(*(record["counted"] for record in records), strict=True)]
+
+    def share(name: str) -> list[float]:
+        columns = zip(*(record[name] for record in records), strict=True)
+        return [sum(column) / total for column, total in zip(columns, counted, strict=True)]
+
+    return {
+        "prompts": len({record["prompt"] for record in records}),
+        "new_tokens": sum(len(record["continuation"]) for record in records),
+        "steps": whole.steps,
+        "tokens_per_step": whole.tokens_per_step,
+        "tokens_per_step_interval": bootstrap_interval(records),
+        "tokens_per_step_without_loops": _pool(varied, n_predict).tokens_per_step if varied else None,
+        "looping": len(records) - len(varied),
+        "accepted_per_position": whole.accepted_per_position,
+        "drafted_tokens": whole.drafted_tokens,
+        "teacher_forced_accuracy": share("correct"),
+        "teacher_forced_top_k_accuracy": share("correct_top_k"),
+        "simulated_tokens_per_step": sum(simulated) / len(simulated) if simulated else None,
+        "partings": [parting for record in records if (parting := _parting(record))],
+    }
+
+
+def bootstrap_interval(records: list[dict], level: float = 0.95, seed: int = 0) -> list[float] | None:
+    """Of tokens per step, by drawing prompts with replacement (percentiles of 2,000 draws).
+
+    Turns of one prompt are drawn together. None where no step was made.
+    """
+    by_prompt = {}
+    for record in records:
+        emitted = by_prompt.setdefault(record["prompt"], [])
+        emitted += record["emitted_per_step"]
+    tokens = torch.tensor([sum(emitted) for emitted in by_prompt.values()], dtype=torch.double)
+    steps = torch.tensor([len(emitted) for emitted in by_prompt.values()], dtype=torch.double)
+    if not steps.any():
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(tokens), (RESAMPLINGS, len(tokens)), generator=generator)
+    ratios = tokens[drawn].sum(-1) / steps[drawn].sum(-1)
+    ratios = ratios[ratios.isfinite()]
+    return torch.quantile(ratios, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)).tolist()
+
+
+def _pool(records: list[dict], n_predict: int) -> SpeculationStatistics:
+    return SpeculationStatistics.pool(
+        SpeculationStatistics(tuple(record["emitted_per_step"]), (), record["drafted_tokens"], n_predict)
+        for record in records
+    )
+
+
+def _parting(record: dict) -> dict | None:
+    """The first step at which generation accepted another number of tokens than simulation says; None where none."""
+    real, simulated = record["emitted_per_step"], record["simulated_per_step"]
+    if real == simulated:
+        return None
+    pairs = zip(real, simulated, strict=False)
+    step = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(real), len(simulated)))
+    return {"prompt": record["prompt"], "turn": record["turn"], "step": step}

@@ -1,0 +1,121 @@
+"""Timing runs side by side, and what a figure was measured on and with."""
+
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .statistics import SpeculationStatistics
+
+
+def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Times runs that each return a number of tokens, A B A B, after one untimed round.
+
+    In turn, because a machine's speed drifts by more than what is compared.
+
+    Returns:
+        Tokens per second of each run in each round.
+    """
+    rates = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            tokens = run()
+            synchronize()
+            if round_ > 0:
+                rates[name].append(tokens / (time.perf_counter() - start))
+    return rates
+
+
+def speedup(rates: dict[str, list[float]], of: str, over: str) -> float:
+    """Median over the rounds of the ratio of two runs of `time_in_turn`."""
+    return statistics.median(a / b for a, b in zip(rates[of], rates[over], strict=True))
+
+
+def step_times(model, speculator, run: Callable[[], SpeculationStatistics], repeats: int = 5) -> dict[str, float]:
+    """Where the time of an uncompiled step goes: milliseconds, medians over some runs, the prefill not counted.
+
+    Args:
+        run: generates once; `model` and `speculator` are what it uses.
+
+    Returns:
+        step_ms, of which draft_ms is the speculator's and verify_ms the base model's forward, and `overhead`: the step
+        over these two.
+    """
+    rows = []
+    for _ in range(repeats):
+        spent = Counter()
+        drafts = [name for name in ("generate_candidates", "generate_tree") if hasattr(speculator, name)]
+        with ExitStack() as stack:
+            stack.enter_context(_timed(model, "forward", spent))
+            for name in drafts:
+                stack.enter_context(_timed(speculator, name, spent))
+            start = time.perf_counter()
+            steps = run().steps
+            total = time.perf_counter() - start - spent["first forward"]
+        parts = (total, sum(spent[name] for name in drafts), spent["forward"])
+        rows.append([1000 * seconds / max(1, steps) for seconds in parts])
+    step, draft, verify = (statistics.median(column) for column in zip(*rows, strict=True))
+    return {"step_ms": step, "draft_ms": draft, "verify_ms": verify, "overhead": step / (draft + verify)}
+
+
+@contextmanager
+def _timed(module, name: str, spent: Counter):
+    """Adds up the seconds in a method of a module; the first call, of the prefill, is kept apart."""
+    original = getattr(module, name)
+
+    @wraps(original)  # `generate` looks at the signature
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        result = original(*args, **kwargs)
+        synchronize()
+        key = "first forward" if name == "forward" and "first forward" not in spent else name
+        spent[key] += time.perf_counter() - start
+        return result
+
+    setattr(module, name, wrapper)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a device's memory reads and writes, from the best of several large copies."""
+    source = torch.empty(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() / min(times)
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def versions() -> dict[str, str]:
+    """What a figure was measured with."""
+    names = ("modeling-speculator", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure was measured on, and when."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {"processor": processor, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}

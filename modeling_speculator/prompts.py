@@ -1,0 +1,145 @@
+"""Prompts to measure on, in the formats that they are published in."""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
+_FORMATS = (
+    "`prompt` (and `category`), Spec-Bench's and MT-bench's `turns` (and `category`), HumanEval's `task_id` and "
+    "`prompt`, or GSM8K's `question` and `answer`"
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    where: file and line, for messages.
+    turns: what the user says, one after another; the model answers each.
+    category: task that it belongs to, "" if unknown.
+    reference: what a right answer ends with, where one is known.
+    """
+
+    where: str
+    turns: tuple[str, ...]
+    category: str = ""
+    reference: str | None = None
+
+
+def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
+    """Reads prompts from a file or a dataset.
+
+    Args:
+        source: a text file (a prompt a line), jsonl, gzipped or not, or a dataset's Hub id or folder, whose split is
+            named after a colon where it is not "test" (`openai/openai_humaneval`, `my-org/prompts:train`).
+        limit: at most, spread evenly, so that every category keeps its share.
+
+    Raises:
+        ValueError: for a source that is empty or of unknown form, with the line that is wrong.
+    """
+    prompts = [_parse(row, where) for row, where in _rows(source)]
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts: give a file with one a line, or jsonl with {_FORMATS}.")
+    if limit is not None and limit < len(prompts):
+        prompts = [prompts[at * len(prompts) // limit] for at in range(limit)]
+    return prompts
+
+
+def _rows(source: str) -> Iterator[tuple[dict, str]]:
+    """Rows of a file or a dataset, and where each comes from."""
+    path = Path(source)
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if not path.is_file() and kind in (".jsonl", ".json", ".txt"):
+        raise ValueError(f"{source}: there is no such file.")
+    if not path.is_file():
+        name, _, split = source.partition(":")
+        for number, row in enumerate(datasets.load_dataset(name, split=split or "test")):
+            yield row, f"{source}, row {number}"
+        return
+    if kind not in (".jsonl", ".json", ".txt"):
+        raise ValueError(f"{source}: prompts are read from .txt or .jsonl, gzipped or not, not from {kind!r}.")
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{source}, line {number}"
+            if line.strip():
+                yield {"prompt": line.rstrip("\n")} if kind == ".txt" else _decode(line, where), where
+
+
+def _decode(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg}). Each line has to be one JSON object.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__} where a JSON object with {_FORMATS} is expected.")
+    return row
+
+
+def _parse(row: dict, where: str) -> Prompt:
+    category, reference = row.get("category") or "", None
+    if "turns" in row:
+        turns = row["turns"]
+        category = "mt_bench" if category in _MT_BENCH else category
+    elif "prompt" in row:
+        turns = [row["prompt"]]
+        category = category or ("humaneval" if "task_id" in row else "")
+    elif "question" in row and "answer" in row:
+        turns, category, reference = [row["question"]], category or "gsm8k", row["answer"]
+    else:
+        raise ValueError(f"{where}: of unknown form, with {sorted(row)}. Known are {_FORMATS}.")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(f"{where}: prompts have to be texts that are not empty, but it says {turns!r}.")
+    return Prompt(where, tuple(turns), category, reference)
+
+
+def encode(
+    prompts: list[Prompt], answers: list[list[str]], tokenizer: PreTrainedTokenizerBase, chat: bool = False
+) -> list[list[int]]:
+    """Token ids of prompts, each up to its first turn that has no answer yet.
+
+    Args:
+        answers: of each prompt, to its turns so far.
+        chat: whether to put them into the tokenizer's chat template; otherwise they are joined line by line.
+    """
+    rows = []
+    for prompt, given in zip(prompts, answers, strict=True):
+        said = [text for pair in zip(prompt.turns, given, strict=False) for text in pair]
+        said.append(prompt.turns[len(given)])
+        if chat:
+            messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+            rows.append(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors=None
+                )["input_ids"]
+            )
+        else:
+            rows.append(tokenizer("\n".join(said))["input_ids"])
+    return rows
+
+
+def check_lengths(prompts: list[Prompt], rows: list[list[int]], model: PreTrainedModel, max_new_tokens: int) -> None:
+    """Raises a ValueError that names the first prompt which is empty, or too long for a model's context."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ValueError(f"{prompt.where}: a prompt of no tokens.")
+        if limit is not None and len(row) + max_new_tokens > limit:
+            raise ValueError(
+                f"{prompt.where}: a prompt of {len(row)} tokens and {max_new_tokens} new ones are more than the "
+                f"{limit} positions of the base model. Lower `max_new_tokens`, or leave that prompt out."
+            )
+
+
+def pad_left(rows: Sequence[list[int]], pad_token_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as a batch and its mask, (batch, longest) each."""
+    longest = max(map(len, rows))
+    padded = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return padded, mask

@@ -1,0 +1,35 @@
+"""Measurements kept on disk as they are made, so that a killed run loses none."""
+
+import json
+from pathlib import Path
+
+
+class RecordFile:
+    """A file of JSON lines: the settings that all of it was measured with, then a record a line.
+
+    Args:
+        path: created where it is not there; what it holds is kept.
+        settings: in JSON's types.
+
+    Raises:
+        ValueError: if the file holds records of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, settings = path, json.loads(json.dumps(settings))
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # the last one is empty, or was cut off
+        found, *self.records = map(json.loads, lines or [json.dumps(settings)])
+        differ = sorted(key for key in found | settings if found.get(key) != settings.get(key))
+        if differ:
+            raise ValueError(
+                f"{path} was measured with {', '.join(f'{key}={found.get(key)!r}' for key in differ)}, not "
+                f"{', '.join(f'{key}={settings.get(key)!r}' for key in differ)}. Take another folder, or delete it."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in [settings, *self.records]))
+
+    def add(self, records: list[dict]) -> None:
+        """Appends records, all of them or, where the process is killed meanwhile, the first ones."""
+        with open(self.path, "a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self.records += records

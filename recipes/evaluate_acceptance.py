@@ -1,0 +1,128 @@
+"""How many tokens a step yields on your prompts, by category, beside what the heads' accuracy promises.
+
+python recipes/evaluate_acceptance.py --base_model outputs/quickstart/base_model \\
+    --speculator outputs/quickstart/speculator --prompts HumanEval.jsonl.gz --output outputs/acceptance
+python recipes/evaluate_acceptance.py --base_model meta-llama/Llama-2-13b-chat-hf \\
+    --speculator ibm-ai-platform/llama-13b-accelerator --prompts question.jsonl --chat --temperature 1 --output DIR
+
+Prompts: text (one a line), jsonl with `prompt`, Spec-Bench's, HumanEval's or GSM8K's files, or a dataset of the Hub.
+Killed and run again, it goes on where it was.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from modeling_speculator.acceptance import measure_prompts, summarize
+from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.prompts import read_prompts
+from modeling_speculator.records import RecordFile
+
+
+DIALS = ("n_candidates", "n_tree_nodes", "top_k_tokens_per_head")
+
+
+def main() -> None:
+    args = parse_args()
+    prompts = read_prompts(args.prompts, args.limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype).eval().to(device)
+    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
+    for dial in DIALS:
+        if getattr(args, dial) is not None:
+            setattr(speculator.config, dial, getattr(args, dial))
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    settings |= {dial: getattr(speculator.config, dial) for dial in DIALS}
+
+    modes = {"greedy": {"do_sample": False}}
+    if args.temperature:
+        warpers = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        modes["sampled"] = {"do_sample": True} | warpers
+    report = {}
+    for mode, options in modes.items():
+        file = RecordFile(args.output / f"{mode}.jsonl", settings)
+        options |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+        measure_prompts(model, speculator, tokenizer, prompts, file, chat=args.chat, seed=args.seed, **options)
+        by_category = {}
+        for record in file.records:
+            by_category.setdefault(record["category"], []).append(record)
+        n_predict = speculator.config.n_predict
+        report[mode] = summarize(file.records, n_predict)
+        if len(by_category) > 1:
+            report[mode]["categories"] = {name: summarize(rows, n_predict) for name, rows in by_category.items()}
+    # At the top what is greedy, and beside it what is sampled.
+    report = report.pop("greedy") | report | {"settings": settings, "versions": versions(), "machine": machine()}
+    (args.output / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")
+    table = tabulate(report)
+    (args.output / "acceptance.md").write_text(table)
+    plot(report, args.output / "acceptance.png")
+    print(f"\n{table}\nWritten: {args.output}/acceptance.json, .md, .png")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", required=True, help="folder or Hub id")
+    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
+    parser.add_argument("--prompts", required=True, help="file or dataset")
+    parser.add_argument("--output", type=Path, required=True, help="folder for acceptance.json, .md, .png")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, help="prompts, spread evenly; default: all")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sampled, too")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
+    parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
+    parser.add_argument("--n_candidates", type=int, help="dials; default: the speculator's own")
+    parser.add_argument("--n_tree_nodes", type=int)
+    parser.add_argument("--top_k_tokens_per_head", type=int, nargs="+")
+    return parser.parse_args()
+
+
+def modes_of(report: dict) -> dict[str, dict]:
+    return {"greedy": report} | ({"sampled": report["sampled"]} if "sampled" in report else {})
+
+
+def tabulate(report: dict) -> str:
+    lines = ["| | prompts | tokens per step | 95 % | without loops | simulated | accepted per position | accuracy |"]
+    lines.append("|---" * 8 + "|")
+    for mode, figures in modes_of(report).items():
+        for name, row in {mode: figures, **figures.get("categories", {})}.items():
+            cells = [name, row["prompts"], number(row["tokens_per_step"])]
+            cells.append(" to ".join(map(number, row["tokens_per_step_interval"] or [])))
+            without = number(row["tokens_per_step_without_loops"])
+            cells.append(f"{without} ({row['looping']} loop)" if row["looping"] else without)
+            cells.append(number(row["simulated_tokens_per_step"]))
+            cells += [", ".join(map(number, row[key])) for key in ("accepted_per_position", "teacher_forced_accuracy")]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        if figures["partings"]:
+            lines.append(f"\n{mode}: simulation and generation part in {len(figures['partings'])} continuations.\n")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def plot(report: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for at, (mode, row) in enumerate(modes_of(report).items()):
+        positions = range(1, len(row["accepted_per_position"]) + 1)
+        label = f"accepted, {mode}: {number(row['tokens_per_step'])} tokens per step"
+        axes.plot(positions, row["accepted_per_position"], f"C{at}o-", label=label)
+        style = {"color": f"C{at}", "marker": ".", "linestyle": "--"}
+        axes.plot(positions, row["teacher_forced_accuracy"], **style, label=f"head is right, fed the truth, {mode}")
+    axes.set(xlabel="drafted token, head", ylabel="share of steps, of positions", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

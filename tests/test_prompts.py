@@ -1,0 +1,121 @@
+"""Prompt files, in the forms that they are published in, and what is wrong with others."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+from tiny_models import character_tokenizer, tiny_model
+
+from modeling_speculator.prompts import Prompt, check_lengths, encode, pad_left, read_prompts
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_forms(tmp_path):
+    file = write(
+        tmp_path / "all.jsonl",
+        {"question_id": 1, "category": "stem", "turns": ["a", "b"]},
+        {"question_id": 2, "category": "rag", "turns": ["c"], "reference": ["d"]},
+        {"task_id": "HumanEval/0", "prompt": "def f():", "canonical_solution": "x", "test": "y", "entry_point": "f"},
+        {"question": "1 + 1?", "answer": "#### 2"},
+        {"prompt": "e", "category": "mine"},
+        {"prompt": "f"},
+    )
+    assert [(prompt.turns, prompt.category, prompt.reference) for prompt in read_prompts(file)] == [
+        (("a", "b"), "mt_bench", None),
+        (("c",), "rag", None),
+        (("def f():",), "humaneval", None),
+        (("1 + 1?",), "gsm8k", "#### 2"),
+        (("e",), "mine", None),
+        (("f",), "", None),
+    ]
+    zipped = tmp_path / "all.jsonl.gz"
+    zipped.write_bytes(gzip.compress((tmp_path / "all.jsonl").read_bytes()))
+    assert [prompt.turns for prompt in read_prompts(str(zipped))] == [prompt.turns for prompt in read_prompts(file)]
+
+
+def test_plain_text_and_a_dataset(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one \n\n  two\n")
+    assert [prompt.turns for prompt in read_prompts(str(tmp_path / "prompts.txt"))] == [("one ",), ("  two",)]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"prompt": ["x", "y"]}).to_parquet(tmp_path / "data/test-0.parquet")
+    assert [prompt.turns for prompt in read_prompts(str(tmp_path / "data"))] == [("x",), ("y",)]
+    with pytest.raises(ValueError, match="validation"):
+        read_prompts(f"{tmp_path / 'data'}:validation")
+
+
+def test_a_limit_is_spread_evenly(tmp_path):
+    file = write(tmp_path / "p.jsonl", *({"prompt": str(n)} for n in range(10)))
+    assert [prompt.turns for prompt in read_prompts(file, 4)] == [("0",), ("2",), ("5",), ("7",)]
+    assert len(read_prompts(file, 99)) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", "", "a.jsonl holds no prompts"),
+        ("a.txt", "\n \n", "a.txt holds no prompts"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '["x"]\n', "line 1: a list where a JSON object"),
+        ("a.jsonl", '{"prompt": "x"}\n\n{"text": "x", "id": 3}\n', r"line 3: of unknown form, with \['id', 'text'\]"),
+        ("a.jsonl", '{"prompt": "  "}\n', "line 1: prompts have to be texts that are not empty"),
+        ("a.jsonl", '{"turns": []}\n', "line 1: prompts have to be texts"),
+        ("a.jsonl", '{"turns": "x"}\n', "line 1: prompts have to be texts"),
+        ("a.csv", "prompt\nx\n", "not from '.csv'"),
+    ],
+)
+def test_what_is_wrong(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_prompts(str(tmp_path / "prompts.jsonl"))
+
+
+def test_the_benchmarks_themselves(shared):
+    """As they are downloaded."""
+    sizes = {"spec_bench_question.jsonl": 480, "HumanEval.jsonl.gz": 164, "gsm8k_test.jsonl": 1319}
+    for name, size in sizes.items():
+        prompts = read_prompts(str(shared / "data/prompts" / name))
+        assert len(prompts) == size
+        tasks = {prompt.category for prompt in prompts}
+        if name.startswith("spec_bench"):
+            assert tasks == {"mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"}
+            assert sum(len(prompt.turns) == 2 for prompt in prompts) == 80
+        else:
+            assert tasks == {"gsm8k" if name.startswith("gsm8k") else "humaneval"}
+
+
+def test_turns_and_answers():
+    tokenizer = character_tokenizer(eos_token="z")
+    prompts = [Prompt("", ("ab", "cd")), Prompt("", ("ef",))]
+    decode = tokenizer.decode
+    plain = encode(prompts[:1], [["gh"]], tokenizer)
+    assert plain == tokenizer(["ab\ngh\ncd"])["input_ids"]
+    assert encode(prompts, [[], []], tokenizer) == tokenizer(["ab", "ef"])["input_ids"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    (row,) = encode(prompts[:1], [["gh"]], tokenizer, chat=True)
+    assert decode(row).replace(" ", "") == "uabaghucda"
+
+
+def test_lengths():
+    prompts = [Prompt("a.txt, line 1", ("x",)), Prompt("a.txt, line 7", ("y",))]
+    model = tiny_model("llama")
+    limit = model.config.max_position_embeddings
+    check_lengths(prompts, [[1] * (limit - 5), [1]], model, 5)
+    with pytest.raises(ValueError, match=f"line 7: a prompt of {limit - 4} tokens and 5 new ones"):
+        check_lengths(prompts, [[1], [1] * (limit - 4)], model, 5)
+    with pytest.raises(ValueError, match="line 7: a prompt of no tokens"):
+        check_lengths(prompts, [[1], []], model, 5)
+    input_ids, mask = pad_left([[1, 2, 3], [4]], 9)
+    assert (input_ids.tolist(), mask.tolist()) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])
