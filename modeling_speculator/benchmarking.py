@@ -23,15 +23,22 @@ def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, l
     Returns:
         Tokens per second of each run in each round.
     """
-    rates = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
+    tokens = {name: run() for name, run in runs.items()}
+    seconds = seconds_in_turn(runs, rounds)
+    return {name: [tokens[name] / each for each in seconds[name]] for name in runs}
+
+
+def seconds_in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Times runs, A B A B: seconds of each run in each round."""
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            tokens = run()
             synchronize()
-            if round_ > 0:
-                rates[name].append(tokens / (time.perf_counter() - start))
-    return rates
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def speedup(rates: dict[str, list[float]], of: str, over: str) -> float:

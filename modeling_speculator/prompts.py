@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 _FORMATS = (
-    "`prompt` (and `category`), Spec-Bench's and MT-bench's `turns` (and `category`), HumanEval's `task_id` and "
-    "`prompt`, or GSM8K's `question` and `answer`"
+    "`prompt` or `text` (and `category`), Spec-Bench's and MT-bench's `turns` (and `category`), HumanEval's `task_id` "
+    "and `prompt`, or GSM8K's `question` and `answer`"
 )
 
 
@@ -87,8 +87,8 @@ def _parse(row: dict, where: str) -> Prompt:
     if "turns" in row:
         turns = row["turns"]
         category = "mt_bench" if category in _MT_BENCH else category
-    elif "prompt" in row:
-        turns = [row["prompt"]]
+    elif "prompt" in row or "text" in row:
+        turns = [row["prompt"] if "prompt" in row else row["text"]]
         category = category or ("humaneval" if "task_id" in row else "")
     elif "question" in row and "answer" in row:
         turns, category, reference = [row["question"]], category or "gsm8k", row["answer"]

@@ -61,7 +61,7 @@ def test_a_limit_is_spread_evenly(tmp_path):
         ("a.txt", "\n \n", "a.txt holds no prompts"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", '["x"]\n', "line 1: a list where a JSON object"),
-        ("a.jsonl", '{"prompt": "x"}\n\n{"text": "x", "id": 3}\n', r"line 3: of unknown form, with \['id', 'text'\]"),
+        ("a.jsonl", '{"text": "x"}\n\n{"body": "x", "id": 3}\n', r"line 3: of unknown form, with \['body', 'id'\]"),
         ("a.jsonl", '{"prompt": "  "}\n', "line 1: prompts have to be texts that are not empty"),
         ("a.jsonl", '{"turns": []}\n', "line 1: prompts have to be texts"),
         ("a.jsonl", '{"turns": "x"}\n', "line 1: prompts have to be texts"),

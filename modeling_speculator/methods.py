@@ -1,0 +1,115 @@
+"""Ways to decode that are compared with one another: what each hands to `generate`, or why it can't run."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import CompileConfig, PreTrainedModel
+
+from .drafters import is_drafter
+
+
+# Those of transformers; a speculator goes by the name that it is given.
+METHODS = ("generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash")
+FORMS = ("static", "compiled")  # a prefix: "compiled:generate"
+LOOKUP_TOKENS = 10  # as in transformers' documentation
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    name: as asked for.
+    options: of `generate`.
+    drafter, dials: a speculator, and what its config is to say for the time of a call.
+    reason: why it can't run; None where it can.
+    """
+
+    name: str
+    options: dict = field(default_factory=dict)
+    drafter: PreTrainedModel | None = None
+    dials: dict = field(default_factory=dict)
+    reason: str | None = None
+
+
+def expand_methods(
+    names: list[str],
+    model: PreTrainedModel,
+    drafters: dict[str, PreTrainedModel],
+    n_candidates: list[int] | None = None,
+    batch_size: int = 1,
+) -> list[Method]:
+    """Methods by name, a drafter's once for every number of candidates.
+
+    Args:
+        drafters: {name: speculator}, and under "draft_model" or "dflash" a model that drafts the way of transformers.
+        n_candidates: to draft with; default: each speculator's own dials.
+
+    Raises:
+        ValueError: for an unknown name; the known ones are listed.
+    """
+    methods = []
+    for name in names:
+        form, _, what = name.rpartition(":")
+        if what not in (*METHODS, *drafters) or form not in ("", *FORMS):
+            known = [*METHODS, *(drafter for drafter in drafters if drafter not in METHODS)]
+            raise ValueError(
+                f"There is no method {name!r}, only {', '.join(known)}; generate and speculators also with a static "
+                f"cache, {' or '.join(f'{form}:generate' for form in FORMS)}."
+            )
+        options = _form_options(form)
+        if is_drafter(drafters.get(what)):
+            drafter = drafters[what]
+            dials = [_own_dials(drafter)] if n_candidates is None else [_dials(drafter, k) for k in n_candidates]
+            options["assistant_model"] = drafter
+            methods += [Method(name, options, drafter, own) for own in dials]
+        else:
+            reason = _why_not(what, form, model, drafters, batch_size)
+            methods.append(Method(name, options | _options(what, model, drafters), reason=reason))
+    return methods
+
+
+def _form_options(form: str) -> dict:
+    if not form:
+        return {}
+    if form == "static":
+        return {"cache_implementation": "static", "disable_compile": True}
+    compile_config = CompileConfig()
+    compile_config._compile_all_devices = True  # `generate` compiles on no CPU otherwise
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+def _options(what: str, model: PreTrainedModel, drafters: dict[str, PreTrainedModel]) -> dict:
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return {
+        "generate": {},
+        "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
+        "draft_model": {"assistant_model": drafters.get("draft_model")},
+        "early_exit": {"assistant_early_exit": max(1, layers // 2)},
+        "mtp": {"use_mtp": True},
+        "dflash": {"assistant_model": drafters.get("dflash"), "speculation_type": "dflash"},
+    }[what]
+
+
+def _why_not(what: str, form: str, model: PreTrainedModel, drafters: dict, batch_size: int) -> str | None:
+    """Why one of transformers' methods can't run, before it is tried."""
+    if what == "generate":
+        return None
+    if what in ("draft_model", "dflash") and what not in drafters:
+        return "no such drafter was given"
+    if what == "mtp" and not getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None):
+        return "the base model has no layers that predict several tokens"
+    if batch_size > 1:
+        return "transformers' assisted generation takes one sequence at a time"
+    if form:
+        return "transformers' assisted generation takes no static cache"
+    return None
+
+
+def _own_dials(drafter: PreTrainedModel) -> dict:
+    return {name: getattr(drafter.config, name) for name in ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes")}
+
+
+def _dials(drafter: PreTrainedModel, n_candidates: int) -> dict:
+    """`n_candidates`, with as much more children for the first node as it takes to have so many leaves."""
+    top_k = list(drafter.config.top_k_tokens_per_head)
+    top_k[0] = max(top_k[0], math.ceil(n_candidates / math.prod(top_k[1:])))
+    return {"top_k_tokens_per_head": top_k, "n_candidates": n_candidates, "n_tree_nodes": None}
