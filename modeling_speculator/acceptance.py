@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .context_vectors import read_context_vectors
 from .evaluation import accepted_drafts, distinct_ngrams, simulate_emissions
 from .prompts import Prompt, check_lengths, encode, pad_left
 from .records import RecordFile
@@ -106,7 +107,7 @@ def measure_acceptance(
     beyond = torch.arange(texts.shape[1], device=input_ids.device) >= lengths[:, None]
     # What a head would guess past the end counts as wrong, and is not counted.
     tokens = F.pad(texts.masked_fill(beyond, -100), (0, n_predict), value=-100)
-    states = context_vectors(model, out.sequences, attention_mask)[:, length - 1 : -1]
+    states = read_context_vectors(model, out.sequences, attention_mask)[:, length - 1 : -1]
     simulated = simulate_emissions(accepted_drafts(speculator, states, tokens), lengths)
     correct, correct_top_k, counted = head_accuracy(speculator, states, tokens)
     return [
@@ -121,14 +122,6 @@ def measure_acceptance(
         )
         for row, statistics in enumerate(rows)
     ]
-
-
-def context_vectors(model, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Of a finished text (batch, length), left-padded as the mask of its prompt says -> (batch, length, emb_dim)."""
-    mask = F.pad(attention_mask, (0, text.shape[1] - attention_mask.shape[1]), value=1)
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs = model.get_decoder()(input_ids=text, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    return outputs.last_hidden_state
 
 
 def head_accuracy(

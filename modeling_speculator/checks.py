@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from transformers.generation import GenerationMode
 
 from .attention import uses_sdpa
-from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .families import LEARNED_POSITIONS, MULTIMODAL, SUPPORTED_MODEL_TYPES, attention_windows
 
 
@@ -56,8 +56,7 @@ def check_models(model, speculator) -> None:
     attention_windows(config)
     check_shapes(model, speculator)
     if isinstance(speculator.config, MLPSpeculatorConfig):
-        dials = ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes")
-        speculator.config.check_dials(*(getattr(speculator.config, dial) for dial in dials))
+        speculator.config.check_dials(*(getattr(speculator.config, dial) for dial in DIALS))
     if not uses_sdpa(model) and config._attn_implementation != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={config._attn_implementation!r}`, which takes no mask of a "

@@ -11,6 +11,10 @@ from transformers import PreTrainedConfig
 _PUBLISHED_TOP_K = [5, 3]
 
 
+# What is read at each call, in the order of `MLPSpeculatorConfig.check_dials`.
+DIALS = ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes", "n_heads")
+
+
 class MLPSpeculatorConfig(PreTrainedConfig):
     """Shape and dials of a combined token/embedding speculator (arXiv 2404.19124).
 
@@ -24,6 +28,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         n_candidates: drafted sequences to verify; a dial, read at each call. 0 turns speculation off.
         n_tree_nodes: if set, the drafted tokens to verify: the most probable nodes of the whole tree, in place of its
             `n_candidates` most probable leaves; a dial, read at each call.
+        n_heads: if set, the heads that draft, the first ones; a dial, read at each call.
         tie_weights: share embedding, head and norm among all heads, and the projection among all but the first.
         scale_input: normalise the context vector before the first head.
         method: the cell, "sum_rnn" (arXiv 2404.19124) or "sum_lstm" (gated, Arctic Inference; its heads are always
@@ -45,6 +50,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     top_k_tokens_per_head: list[int] | None = None
     n_candidates: int = 5
     n_tree_nodes: int | None = None
+    n_heads: int | None = None
     tie_weights: bool = False
     scale_input: bool = False
     method: str = "sum_rnn"
@@ -66,11 +72,15 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         if self.top_k_tokens_per_head is None:
             self.top_k_tokens_per_head = (_PUBLISHED_TOP_K + [2] * self.n_predict)[: self.n_predict]
         self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
-        self.check_dials(self.top_k_tokens_per_head, self.n_candidates, self.n_tree_nodes)
+        self.check_dials(self.top_k_tokens_per_head, self.n_candidates, self.n_tree_nodes, self.n_heads)
         super().__post_init__(**kwargs)
 
     def check_dials(
-        self, top_k_tokens_per_head: list[int], n_candidates: int, n_tree_nodes: int | None = None
+        self,
+        top_k_tokens_per_head: list[int],
+        n_candidates: int,
+        n_tree_nodes: int | None = None,
+        n_heads: int | None = None,
     ) -> None:
         """Raises a ValueError where the drafting dials don't fit this speculator or one another."""
         top_k = top_k_tokens_per_head
@@ -84,6 +94,11 @@ class MLPSpeculatorConfig(PreTrainedConfig):
                 f"`top_k_tokens_per_head` must hold integers between 1 and the vocabulary's {self.vocab_size}, "
                 f"but is {top_k}."
             )
+        if n_heads is not None and not (_is_int(n_heads) and 1 <= n_heads <= self.n_predict):
+            raise ValueError(
+                f"`n_heads` must be None or an integer between 1 and `n_predict={self.n_predict}`, but is {n_heads!r}."
+            )
+        top_k = top_k[:n_heads]
         if not _is_int(n_candidates) or not 0 <= n_candidates <= math.prod(top_k):
             raise ValueError(
                 f"`n_candidates` must be an integer between 0 and {math.prod(top_k)}, the number of leaves that "

@@ -11,6 +11,7 @@ from .attention import tree_attention, uses_sdpa
 from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
 from .checks import main_device
+from .context_vectors import handed_to_cache
 from .families import attention_windows
 from .request import Request
 from .sampling import SCORES_ONLY, TokenDraw, check_drawable, draw_row_keys
@@ -51,15 +52,12 @@ class SpeculativeDecoder:
     def run(self) -> None:
         """Decodes; the text is in `sequences`, of `lengths` columns each."""
         model, request = self.model, self.request
-        handle = model.get_decoder().register_forward_hook(_hand_context_vectors_to_cache)
-        try:
+        with handed_to_cache(model):
             self.prefill()
             mode = torch.inference_mode() if self.allows_inference_mode else nullcontext()
             masked = nullcontext() if self.cache.dense else tree_attention(model)
             with masked, model._optimize_model_for_decode(), mode:
                 self.decode()
-        finally:
-            handle.remove()
         if request.streamer is not None:
             request.streamer.end()
 
@@ -294,7 +292,7 @@ def max_nodes(config) -> int:
         return 1 + config.n_tree_nodes
     top_k = getattr(config, "top_k_tokens_per_head", None)
     nodes, leaves = 1, 1
-    for head in range(config.n_predict):
+    for head in range(getattr(config, "n_heads", None) or config.n_predict):
         leaves = leaves * top_k[head] if top_k else config.n_candidates
         nodes += min(config.n_candidates, leaves)
     return nodes
@@ -304,15 +302,6 @@ def _choices(config) -> list[int]:
     """What adaptive speculation picks from: nothing, a single candidate, and what the dials say."""
     few = [1] if getattr(config, "n_tree_nodes", None) is None else []  # a tree of best nodes has one size
     return sorted({0, *few, config.n_candidates})
-
-
-def _hand_context_vectors_to_cache(module, args, output) -> None:
-    """A forward hook for the decoder: its output, after the final norm, is what enters the LM head.
-
-    By way of the cache, because the model may at the same time serve other threads, which have other caches.
-    """
-    if isinstance(output.past_key_values, SpeculativeCache):
-        output.past_key_values.context_vectors = output.last_hidden_state
 
 
 def _at_nodes(vectors: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:

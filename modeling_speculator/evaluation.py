@@ -77,7 +77,7 @@ def accepted_drafts(
     """
     config = speculator.config
     n = tokens.shape[1] - config.n_predict
-    if config.n_candidates == 0 and config.n_tree_nodes is None:  # no speculation
+    if config.n_candidates == 0:  # no speculation
         return torch.zeros_like(tokens[:, :n])
     chunk_size = max(1, chunk_elements // (config.vocab_size * math.prod(config.top_k_tokens_per_head[:-1])))
     roots = tokens[:, :n].clamp(min=0).reshape(-1, 1)
@@ -88,7 +88,7 @@ def accepted_drafts(
         here = slice(at, at + chunk_size)
         if config.n_tree_nodes is None:
             candidates = speculator.generate_candidates(states[here], roots[here])
-            parts.append((candidates == truth[here, None]).cumprod(-1).sum(-1).amax(-1))
+            parts.append((candidates == truth[here, None, : candidates.shape[-1]]).cumprod(-1).sum(-1).amax(-1))
         else:
             drafted, parents, depths = speculator.generate_tree(states[here], roots[here])
             right = drafted == truth[here].gather(1, depths - 1)

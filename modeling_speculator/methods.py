@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import CompileConfig, PreTrainedModel
 
+from .configuration_mlp_speculator import DIALS
 from .drafters import is_drafter
 
 
@@ -105,11 +106,11 @@ def _why_not(what: str, form: str, model: PreTrainedModel, drafters: dict, batch
 
 
 def _own_dials(drafter: PreTrainedModel) -> dict:
-    return {name: getattr(drafter.config, name) for name in ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes")}
+    return {name: getattr(drafter.config, name, None) for name in DIALS}
 
 
 def _dials(drafter: PreTrainedModel, n_candidates: int) -> dict:
     """`n_candidates`, with as much more children for the first node as it takes to have so many leaves."""
-    top_k = list(drafter.config.top_k_tokens_per_head)
-    top_k[0] = max(top_k[0], math.ceil(n_candidates / math.prod(top_k[1:])))
-    return {"top_k_tokens_per_head": top_k, "n_candidates": n_candidates, "n_tree_nodes": None}
+    top_k, n_heads = list(drafter.config.top_k_tokens_per_head), getattr(drafter.config, "n_heads", None)
+    top_k[0] = max(top_k[0], math.ceil(n_candidates / math.prod(top_k[1:n_heads])))
+    return _own_dials(drafter) | {"top_k_tokens_per_head": top_k, "n_candidates": n_candidates, "n_tree_nodes": None}

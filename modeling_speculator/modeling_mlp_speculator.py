@@ -137,7 +137,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             top_k_tokens_per_head, n_candidates: default to the config's.
 
         Returns:
-            (batch, n_candidates, n_predict) token ids, best first.
+            (batch, n_candidates, n_predict) token ids, best first; fewer where `config.n_heads` says so.
 
         Raises:
             ValueError: if the dials don't fit the heads.
@@ -145,7 +145,8 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         config = self.config
         top_k = config.top_k_tokens_per_head if top_k_tokens_per_head is None else list(top_k_tokens_per_head)
         n_candidates = config.n_candidates if n_candidates is None else n_candidates
-        config.check_dials(top_k, n_candidates)
+        config.check_dials(top_k, n_candidates, n_heads=config.n_heads)
+        top_k = top_k[: config.n_heads]
 
         batch = len(input_ids)
         state = self.speculator.first_state(hidden_states)  # (batch, 1, emb_dim)
@@ -155,10 +156,10 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             state, best, tokens = self.speculator.best_children(head, state, candidates[:, :, -1], k)
             log_probs = (log_probs + best).view(batch, -1, 1)
             candidates = torch.cat([candidates.repeat_interleave(k, dim=1), tokens.view(batch, -1, 1)], dim=-1)
-            if head < config.n_predict - 1:
+            if head < len(top_k) - 1:
                 state = state.repeat_interleave(k, dim=1)
         leaves = log_probs.squeeze(-1).topk(n_candidates).indices  # (batch, n_candidates)
-        return candidates[:, :, 1:].gather(1, leaves[:, :, None].expand(-1, -1, config.n_predict))
+        return candidates[:, :, 1:].gather(1, leaves[:, :, None].expand(-1, -1, len(top_k)))
 
     @torch.no_grad()
     def generate_tree(
@@ -183,7 +184,8 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         token, log_prob = input_ids, hidden_states.new_zeros(batch, 1, dtype=torch.float32)
         levels = []  # of each: tokens, log-probs, parents and depths, (batch, width)
         first, width = 0, 1  # node and width of the level before; the root is node 0
-        for head, k in enumerate(self.config.top_k_tokens_per_head):
+        top_k = self.config.top_k_tokens_per_head[: self.config.n_heads]
+        for head, k in enumerate(top_k):
             state, best, tokens = self.speculator.best_children(head, state, token, k)
             # At most 0: rounding must not make a child more probable than its parent, nor must NaN.
             best = torch.where(best <= 0, best, torch.where(best > 0, 0.0, -torch.inf))
@@ -194,7 +196,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             token = tokens.flatten(1).gather(1, kept)
             levels.append((token, log_prob, first + parent, torch.full_like(token, head + 1)))
             first, width = first + width, parent.shape[1]
-            if head < self.config.n_predict - 1:
+            if head < len(top_k) - 1:
                 state = state.gather(1, parent[:, :, None].expand(-1, -1, state.shape[-1]))
         tokens, log_probs, parents, depths = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         # Stable: of equals, the one that comes first is taken, and a parent comes before its children.

@@ -19,11 +19,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator.acceptance import measure_prompts, summarize
 from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.prompts import read_prompts
 from modeling_speculator.records import RecordFile
-
-
-DIALS = ("n_candidates", "n_tree_nodes", "top_k_tokens_per_head")
 
 
 def main() -> None:
@@ -81,6 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
     parser.add_argument("--n_candidates", type=int, help="dials; default: the speculator's own")
     parser.add_argument("--n_tree_nodes", type=int)
+    parser.add_argument("--n_heads", type=int)
     parser.add_argument("--top_k_tokens_per_head", type=int, nargs="+")
     return parser.parse_args()
 

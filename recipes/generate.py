@@ -21,7 +21,7 @@ import modeling_speculator  # noqa: F401  lets `generate` take a speculator
 
 
 COLORS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"
-DIALS, MODEL_INPUTS = ("n_candidates", "n_tree_nodes"), ["input_ids", "attention_mask"]
+DIALS, MODEL_INPUTS = ("n_candidates", "n_tree_nodes", "n_heads"), ["input_ids", "attention_mask"]
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.acceptance import (
     bootstrap_interval,
-    context_vectors,
     head_accuracy,
     measure_acceptance,
     measure_prompts,
     summarize,
 )
+from modeling_speculator.context_vectors import read_context_vectors
 from modeling_speculator.prompts import Prompt
 from modeling_speculator.records import RecordFile
 
@@ -35,7 +35,7 @@ def speculator():
     inputs = prompts()
     text = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     with torch.no_grad():
-        states = context_vectors(model, text, inputs["attention_mask"])[:, 8:-4]
+        states = read_context_vectors(model, text, inputs["attention_mask"])[:, 8:-4]
     labels = torch.where(torch.rand(3, 59) < 0.2, torch.randint(VOCAB, (3, 59)), text[:, 10:])
     optimizer = torch.optim.Adam(speculator.parameters(), 3e-3)
     for _ in range(80):
@@ -94,7 +94,9 @@ def test_a_slow_loop_the_statistics_and_the_report_agree(llama, speculator):
     assert {1, 2, 3, 4} <= {emitted for row in measured for emitted in row.emitted_per_step}
 
 
-@pytest.mark.parametrize("dials", [{"n_tree_nodes": 7}, {"n_candidates": 1}, {"n_candidates": 0}], ids=str)
+@pytest.mark.parametrize(
+    "dials", [{"n_tree_nodes": 7}, {"n_candidates": 1}, {"n_candidates": 0}, {"n_heads": 2}], ids=str
+)
 def test_simulation_is_exact_when_texts_end_early(llama, speculator, dials):
     """Sampled, with an end of text, and for every way to draft."""
     before = dict(vars(speculator.config))
@@ -111,7 +113,7 @@ def test_simulation_is_exact_when_texts_end_early(llama, speculator, dials):
             assert row.counted == [max(0, len(row.continuation) - 1 - head) for head in range(3)]
     assert len(lengths) > 4
     vars(speculator.config).update(before)
-    speculator.config.n_tree_nodes = None
+    speculator.config.n_tree_nodes = speculator.config.n_heads = None
 
 
 def test_head_accuracy_by_hand(speculator):

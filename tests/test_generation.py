@@ -101,6 +101,14 @@ def test_a_broken_speculator(llama, dials, broken):
         assert_same_text(llama, prompt(6), speculator, max_new_tokens=40)
 
 
+@pytest.mark.parametrize("dials", [{}, {"n_tree_nodes": 4}])
+@pytest.mark.parametrize("n_heads", [1, 2, 3])
+def test_fewer_heads(llama, n_heads, dials):
+    out = assert_same_text(llama, prompt(6), random_speculator(**dials, n_heads=n_heads), max_new_tokens=40)
+    assert out.speculation.drafted_tokens > 0
+    assert max(out.speculation.emitted_per_step) <= n_heads + 1
+
+
 @pytest.mark.parametrize("n_tree_nodes", [1, 4, 15, 50])
 def test_trees_of_the_best_nodes(llama, n_tree_nodes):
     out = assert_same_text(llama, prompt(6), random_speculator(n_tree_nodes=n_tree_nodes), max_new_tokens=40)

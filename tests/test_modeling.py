@@ -274,11 +274,33 @@ def test_tied_config_with_weights_that_differ(tmp_path):
         ({"method": "sum_lstm"}, "tie_weights=True"),
         ({"n_tree_nodes": 51}, "`n_tree_nodes`.*between 1 and 50.*51"),
         ({"n_tree_nodes": 0}, "`n_tree_nodes`.*between 1 and 50.*0"),
+        ({"n_heads": 4}, "`n_heads`.*between 1 and `n_predict=3`.*4"),
+        ({"n_heads": 0}, "`n_heads`.*between 1"),
+        ({"n_heads": 1, "n_candidates": 6}, "between 0 and 5, the number of leaves"),
     ],
 )
 def test_bad_configs(config, complaint):
     with pytest.raises(ValueError, match=complaint):
         MLPSpeculatorConfig(**config)
+
+
+@torch.no_grad()
+def test_fewer_heads_draft_what_a_speculator_of_fewer_heads_would():
+    """But for the weight of the tokens, which goes by `n_predict`: it is put right here."""
+    model = speculator()
+    fewer = speculator(n_predict=2, n_candidates=4)
+    fewer.load_state_dict({key: value for key, value in model.state_dict().items() if ".2." not in key})
+    fewer.speculator.emb_scale = model.speculator.emb_scale
+    model.config.n_heads, model.config.n_candidates = 2, 4
+    inputs = torch.randn(2, 1, 16), torch.tensor([[1], [4]])
+    drafted = model.generate_candidates(*inputs)
+    assert drafted.shape == (2, 4, 2)
+    assert torch.equal(drafted, fewer.generate_candidates(*inputs))
+    for part, other in zip(model.generate_tree(*inputs, 9), fewer.generate_tree(*inputs, 9), strict=True):
+        assert torch.equal(part, other)
+    model.config.n_candidates = 16
+    with pytest.raises(ValueError, match="between 0 and 15, the number of leaves"):
+        model.generate_candidates(*inputs)
 
 
 def test_dials_are_checked_at_each_call():
