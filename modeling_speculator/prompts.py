@@ -143,3 +143,15 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int = 0) -> tuple[torch.Te
     padded = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return padded, mask
+
+
+def cut_prompts(texts: list[list[int]], length: int, n: int) -> torch.Tensor:
+    """n prompts of `length` tokens, (n, length), each from the middle of a text; spread evenly over those long enough.
+
+    Raises:
+        ValueError: if too few texts are so long.
+    """
+    rows = [row[(len(row) - length) // 2 :][:length] for row in texts if len(row) >= length]
+    if len(rows) < n:
+        raise ValueError(f"Only {len(rows)} of {len(texts)} prompts have {length} tokens, where {n} are needed.")
+    return torch.tensor([rows[at * len(rows) // n] for at in range(n)])

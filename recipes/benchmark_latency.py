@@ -23,7 +23,7 @@ from modeling_speculator.benchmarking import machine, versions
 from modeling_speculator.drafters import DRAFTERS
 from modeling_speculator.latency import measure_latency
 from modeling_speculator.methods import expand_methods
-from modeling_speculator.prompts import read_prompts
+from modeling_speculator.prompts import cut_prompts, read_prompts
 from modeling_speculator.records import RecordFile
 
 
@@ -52,7 +52,9 @@ def main() -> None:
     for batch_size, length in product(args.batch_size, args.prompt_length):
         if any((row["batch_size"], row["prompt_length"]) == (batch_size, length) for row in file.records):
             continue
-        batches = cut(texts, length, args.n_prompts, batch_size, device)
+        n_prompts = max(args.n_prompts, batch_size) // batch_size * batch_size
+        prompts = cut_prompts(texts, length, n_prompts).to(device).split(batch_size)
+        batches = [(part, torch.ones_like(part)) for part in prompts]
         ways = expand_methods(methods, model, drafters, args.n_candidates, batch_size)
         cell = {"batch_size": batch_size, "prompt_length": length, "new_tokens": args.max_new_tokens}
         rows = measure_latency(model, ways, batches, args.max_new_tokens, args.rounds)
@@ -90,16 +92,6 @@ def load_drafter(path: str, model):
     speculator = type(AutoConfig.from_pretrained(path)) in DRAFTERS
     auto = AutoModel if speculator else AutoModelForCausalLM
     return auto.from_pretrained(path, dtype=model.dtype).eval().to(model.device)
-
-
-def cut(texts: list[list[int]], length: int, n_prompts: int, batch_size: int, device: str) -> list:
-    """Batches of prompts of `length` tokens, from the middle of texts that are long enough."""
-    rows = [row[len(row) // 2 - length // 2 :][:length] for row in texts if len(row) >= length]
-    n_rows = max(n_prompts, batch_size) // batch_size * batch_size
-    if len(rows) < n_rows:
-        raise ValueError(f"Only {len(rows)} of the prompts have {length} tokens, where {n_rows} are needed.")
-    rows = torch.tensor([rows[at * len(rows) // n_rows] for at in range(n_rows)], device=device)
-    return [(part, torch.ones_like(part)) for part in rows.split(batch_size)]
 
 
 def tabulate(rows: list[dict]) -> str:

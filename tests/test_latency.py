@@ -133,7 +133,7 @@ def test_the_command(tmp_path, drafters):
         return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
     done = run("--prompt_length", 4, 20)
-    assert "Only 0 of the prompts have 20 tokens, where 2 are needed" in done.stderr
+    assert "Only 0 of 3 prompts have 20 tokens, where 2 are needed" in done.stderr
     done = run("--prompt_length", 4, 8)  # goes on after the cells of 4
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/latency.json").read_text())

@@ -1,0 +1,145 @@
+"""Costs from made-up steps, yields against `generate`, and the command from end to end."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCAB, character_tokenizer, tiny_model
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.configuration_mlp_speculator import DIALS
+from modeling_speculator.tuning import StepCost, Texts, fit, grid, predict, work
+
+
+RECIPE = Path(__file__).parents[1] / "recipes/tune.py"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    prompts = torch.randint(1, VOCAB, (6, 7), generator=torch.Generator().manual_seed(3))
+    return Texts(tiny_model("llama"), prompts, new_tokens=30)
+
+
+@pytest.fixture
+def speculator(texts):
+    """One that has learned some of the texts, a fifth of the tokens wrongly."""
+    torch.manual_seed(0)
+    speculator = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, inner_dim=64))
+    labels = torch.where(torch.rand(6, 29) < 0.2, torch.randint(VOCAB, (6, 29)), texts.tokens[:, 1:])
+    optimizer = torch.optim.Adam(speculator.parameters(), 3e-3)
+    for _ in range(60):
+        loss = speculator(texts.states[:, :-3], texts.tokens, labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return speculator.eval()
+
+
+def test_costs_are_found_again():
+    """Of steps that cost what the model says, give or take a percent; what costs nothing comes out as nothing."""
+    for cost in (StepCost(3.0, 0.1, 0.5, 0.02), StepCost(2.0, 0.0, 0.7, 0.0), StepCost(0.0, 1.0, 0.0, 0.1)):
+        noise, rows = random.Random(0), []
+        for nodes, heads, states in [(1, 0, 0), (4, 1, 1), (9, 2, 6), (16, 3, 21), (16, 3, 9), (32, 3, 30), (6, 3, 4)]:
+            step_ms = cost.of(nodes, heads, states) * noise.uniform(0.99, 1.01)
+            rows.append({"step_ms": step_ms, "nodes": nodes, "heads": heads, "states": states})
+        found = fit(rows)
+        for row in rows:
+            assert found.of(row["nodes"], row["heads"], row["states"]) == pytest.approx(row["step_ms"], rel=0.02)
+        assert min(vars(found).values()) >= 0
+
+
+def test_the_grid(speculator):
+    dials = grid(speculator.config)
+    assert dials[0]["n_candidates"] == 0
+    assert {row["n_heads"] for row in dials} == {None, 1, 2}
+    assert len({json.dumps(row) for row in dials}) == len(dials)
+    assert {dial: getattr(speculator.config, dial) for dial in DIALS} in dials
+    for row in dials:
+        speculator.config.check_dials(*(row[dial] for dial in DIALS))
+
+
+@pytest.mark.parametrize(
+    ("dials", "expected"),
+    [
+        ({"n_candidates": 0}, (0, 0)),
+        ({}, (3, 1 + 5 + 15)),
+        ({"n_heads": 2}, (2, 1 + 5)),
+        ({"n_tree_nodes": 8}, (3, 1 + 5 + 8)),
+        ({"n_tree_nodes": 3, "n_heads": 2}, (2, 1 + 3)),
+    ],
+)
+def test_work_of_a_draft(dials, expected):
+    assert work(MLPSpeculatorConfig(**dials)) == expected
+
+
+@pytest.mark.parametrize("dials", [{}, {"n_candidates": 2}, {"n_tree_nodes": 9}, {"n_heads": 2}, {"n_candidates": 0}])
+def test_yields_are_generates(llama, texts, speculator, dials):
+    """Steps of every text, and nodes, as `generate` takes them."""
+    speculator.config.update(dials)
+    steps, drafted = texts.steps(speculator), 0
+    for prompt, expected in zip(texts.prompts, steps.tolist(), strict=True):
+        out = llama.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            assistant_model=speculator,
+            max_new_tokens=30,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        assert out.speculation.steps == expected
+        drafted += out.speculation.drafted_tokens
+    assert texts.nodes(speculator, 1) == pytest.approx(1 + drafted / int(steps.sum()), rel=0.1)
+    assert texts.nodes(speculator, 6) >= texts.nodes(speculator, 1)
+
+
+def test_predictions(llama, texts, speculator):
+    """By costs that are made up: all that counts is nodes, or nothing at all."""
+    before = {dial: getattr(speculator.config, dial) for dial in DIALS}
+    most, *_ = predict(llama, speculator, texts, 1, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
+    rows = predict(llama, speculator, texts, 1, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
+    assert most["tokens_per_step"] == max(row["tokens_per_step"] for row in rows)
+    assert most["speedup"] == pytest.approx(most["tokens_per_step"])
+    fewest, *_ = predict(llama, speculator, texts, 1, StepCost(0.0, 1.0, 0.0, 0.0), plain_ms=1.0)
+    assert fewest["n_candidates"] == 0
+    assert fewest["speedup"] == pytest.approx(1) and fewest["tokens_per_step"] == 1
+    # In a batch all wait for the slowest row.
+    together, *_ = predict(llama, speculator, texts, 6, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
+    assert 1 < together["speedup"] < most["speedup"]
+    assert together["tokens_per_second"] > most["tokens_per_second"]
+    assert {dial: getattr(speculator.config, dial) for dial in DIALS} == before
+
+
+def test_the_command(tmp_path, speculator):
+    tiny_model("llama").save_pretrained(tmp_path / "base_model")
+    character_tokenizer(eos_token="z").save_pretrained(tmp_path / "base_model")
+    speculator.save_pretrained(tmp_path / "speculator")
+    (tmp_path / "prompts.txt").write_text("abcdefghijklmnop\nqrstuvwxyabcdefg\n")
+
+    def run(*flags):
+        models = ["--base_model", tmp_path / "base_model", "--speculator", tmp_path / "speculator"]
+        sizes = ["--n_prompts", 2, "--prompt_length", 6, "--max_new_tokens", 8, "--rounds", 1]
+        command = [sys.executable, RECIPE, *models, "--prompts", tmp_path / "prompts.txt", *sizes, *flags]
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+    done = run("--batch_size", 1, "--output", tmp_path / "out", "--write")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out/tuning.json").read_text())
+    (load,) = report["loads"]
+    assert {"cost_ms", "measured_steps", "recommended", "verified", "predictions"} <= load.keys()
+    assert len(load["predictions"]) == len(grid(speculator.config))
+    for row in load["verified"]:
+        ratio = row["predicted_tokens_per_second"] / row["measured_tokens_per_second"]
+        assert row["prediction_error"] == pytest.approx(ratio - 1)
+    written = MLPSpeculatorConfig.from_pretrained(tmp_path / "speculator")
+    assert {dial: getattr(written, dial) for dial in DIALS} == load["recommended"]
+    MLPSpeculatorPreTrainedModel.from_pretrained(tmp_path / "speculator")
+    done = run("--batch_size", 1, 2, "--output", tmp_path / "two", "--write")
+    assert "--write needs one --batch_size" in done.stderr
+    done = run("--batch_size", 1, 2, "--output", tmp_path / "out")  # goes on after a batch of 1
+    assert "was measured with" not in done.stderr and done.returncode == 0, done.stderr
+    loads = json.loads((tmp_path / "out/tuning.json").read_text())["loads"]
+    assert [load["batch_size"] for load in loads] == [1, 2]
