@@ -141,9 +141,7 @@ def fit(rows: list[dict]) -> StepCost:
     best, least = torch.zeros(4, dtype=torch.double), math.inf
     for size in range(1, 5):  # few enough to try which of them are 0
         for used in map(list, combinations(range(4), size)):
-            found = torch.linalg.lstsq(matrix[:, used], torch.ones_like(measured)[:, None], driver="gelsd").solution[
-                :, 0
-            ]
+            found = torch.linalg.pinv(matrix[:, used]) @ torch.ones_like(measured)
             error = float((matrix[:, used] @ found - 1).square().sum())
             if (found >= 0).all() and error < least:
                 best, least = torch.zeros(4, dtype=torch.double).index_add(0, torch.tensor(used), found), error

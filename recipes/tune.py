@@ -40,9 +40,7 @@ def main() -> None:
         show(next(record for record in file.records if record["batch_size"] == batch_size))
     records = sorted(file.records, key=lambda record: record["batch_size"])
     losing = [record["batch_size"] for record in records if best_speedup(record) <= 1]
-    print(
-        f"Speculation stops to pay off at a batch of {losing[0]}." if losing else "It pays off at all of these loads."
-    )
+    print(f"Speculation pays off below a batch of {losing[0]}." if losing else "It pays off at all of these loads.")
     report = {"settings": settings, "loads": records, "versions": versions(), "machine": machine()}
     (args.output / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(records, args.output / "tuning.png")

@@ -1,0 +1,86 @@
+"""Is the output the base model's own? The same tokens if greedy, the same distribution and scores if sampled.
+
+python recipes/check_quality.py --base_model outputs/quickstart/base_model \\
+    --speculator outputs/quickstart/speculator --prompts HumanEval.jsonl.gz --output outputs/quality.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.prompts import check_lengths, encode, pad_left, read_prompts
+from modeling_speculator.quality import compare_greedy, compare_samples, sample
+
+
+def main() -> None:
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype).eval().to(device)
+    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
+    prompts = read_prompts(args.prompts, args.limit)
+    rows = encode(prompts, [[] for _ in prompts], tokenizer, args.chat)
+    check_lengths(prompts, rows, model, args.max_new_tokens)
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": 0}
+    warpers = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    greedy, plain, ours = [], [], []
+    for first in tqdm(range(0, len(order), args.batch_size), unit="batch"):
+        numbers = order[first : first + args.batch_size]
+        batch = [part.to(device) for part in pad_left([rows[number] for number in numbers])]
+        greedy += compare_greedy(model, speculator, *batch, **options)
+        asked = [prompts[number] for number in numbers]
+        for found, drafter in ((plain, None), (ours, speculator)):
+            for draw in range(args.samples):
+                torch.manual_seed(args.seed + 2 * (first * args.samples + draw) + (drafter is not None))
+                found += sample(model, drafter, tokenizer, asked, *batch, **options, **warpers)
+    with_score = ["score" in row for row in plain]
+    if not all(with_score):  # some prompts have no answer to compare with
+        for row in plain + ours:
+            row.pop("score", None)
+    report = {
+        "prompts": len(prompts),
+        "identical_outputs": sum(row["identical"] for row in greedy),
+        "differences": [row for row in greedy if not row["identical"]],
+        "samples": len(plain),
+        "sampled": compare_samples(plain, ours),
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "output"},
+        "versions": versions(),
+        "machine": machine(),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"Greedy: {report['identical_outputs']} of {len(prompts)} outputs are the base model's, token for token.")
+    for row in report["differences"]:
+        print(f"  other from token {row['position']} on, where the first two choices are {row['gap']:.1e} apart")
+    print(f"Sampled, {len(plain)} texts each:\n{'':18}{'plain':>10}{'speculative':>13}{'p':>8}")
+    for name, row in report["sampled"].items():
+        print(f"{name:18}{row['plain']:10.3f}{row['speculative']:13.3f}{row['p_value']:8.2f}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", required=True, help="folder or Hub id")
+    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
+    parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--limit", type=int, help="prompts, spread evenly; default: all")
+    parser.add_argument("--samples", type=int, default=2, help="texts per prompt, plainly and with the speculator")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
+    parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
