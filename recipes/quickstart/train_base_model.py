@@ -1,6 +1,7 @@
 """Trains a tokenizer and a small Llama on text.
 
 python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir base_model
+python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir draft --num_hidden_layers 1
 """
 
 import argparse
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=800)
+    parser.add_argument("--num_hidden_layers", type=int, default=4, help="1: a draft model for the one of 4")
     args = parser.parse_args()
     set_seed(0)
     tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
@@ -34,7 +36,7 @@ def main() -> None:
             vocab_size=len(tokenizer),
             hidden_size=256,
             intermediate_size=672,
-            num_hidden_layers=4,
+            num_hidden_layers=args.num_hidden_layers,
             num_attention_heads=8,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
