@@ -26,7 +26,7 @@ def test_the_code_on_generation(tmp_path, capsys):
     MLPSpeculatorPreTrainedModel(config).save_pretrained(speculator)
 
     blocks = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "model.generate(" in code]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names = r'"meta-llama/[^"]*", "ibm-ai-platform/[^"]*"'
     assert re.search(names, blocks[0])
     variables = {}
