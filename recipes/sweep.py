@@ -9,6 +9,7 @@ Writes the raw figures (JSON), from which plot_sweep.py makes a table and plots.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from modeling_speculator.trainers.continuations import Continuations, Continuati
 RECIPES = Path(__file__).parent
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 200, 64, 64
 LOOPS_BELOW = 0.5  # share of distinct 4-grams
+LAST = "trainer_state.json"  # what a training writes when it is done
 
 
 def main() -> None:
@@ -70,17 +72,18 @@ def steps_of(args, name: str) -> list[int]:
 
 def train(args, name: str, seed: int) -> Path:
     """The folder of a trained speculator; what is there is not trained again."""
-    options = dict(args.sweep["variants"][name])
-    new, stages = options.pop("new", {}), dict(enumerate(options.pop("steps", args.sweep["steps"]), start=1))
+    variant, stages = args.sweep["variants"][name], dict(enumerate(steps_of(args, name), start=1))
+    options = {key: value for key, value in variant.items() if key not in ("new", "steps", "stage1", "stage2")}
+    options |= {"data_files": args.corpus / "train.jsonl", "validation_fraction": 0, "seed": seed}
+    options |= {"base_model": args.base_model, "save_strategy": "no", "disable_tqdm": True}
     folder = args.output_dir / f"{name}-{seed}".replace(" ", "_").replace(":", "")
-    data = {"data_files": args.corpus / "train.jsonl", "validation_fraction": 0, "save_strategy": "no"}
     speculator = None
     for stage, steps in stages.items():
         if steps:
-            flags = data | options | {"seed": seed, "base_model": args.base_model, "disable_tqdm": True}
+            flags = options | variant.get(f"stage{stage}", {})
             flags |= {"output_dir": folder / f"stage{stage}", "max_steps": steps}
             flags |= {"warmup_steps": steps // (8 if stage == 1 else 10)}
-            flags |= {"speculator": speculator} if speculator else {"speculator": "null"} | new
+            flags |= {"speculator": speculator} if speculator else {"speculator": "null"} | variant.get("new", {})
             if stage == 2:  # the same texts for all; their order is the seed's
                 flags |= {"generated_dataset": args.output_dir / "generated", "generation_seed": 0}
             run(stage, flags)
@@ -92,16 +95,24 @@ def run(stage: int, flags: dict) -> None:
     folder = flags["output_dir"]
     flags = {key: [*map(str, value if isinstance(value, list) else [value])] for key, value in flags.items()}
     made_with = folder / "flags.json"
-    if (folder / "trainer_state.json").is_file():  # what a training writes last
+    if (folder / LAST).is_file():
         if json.loads(made_with.read_text()) != flags:
             sys.exit(f"{folder} was trained with other flags ({made_with}): delete it, or take another --output_dir.")
         return
+    shutil.rmtree(folder, ignore_errors=True)
+    for other in folder.parents[1].glob("*/stage*/flags.json"):  # variants may differ in stage 2 only
+        theirs = json.loads(other.read_text()) | {"output_dir": flags["output_dir"]}
+        if theirs == flags and (other.parent / LAST).is_file():
+            copy = shutil.copytree(other.parent, folder.with_name("unfinished"), dirs_exist_ok=True)
+            (copy / made_with.name).write_text(json.dumps(flags))
+            copy.rename(folder)
+            return
+    folder.mkdir(parents=True)
+    made_with.write_text(json.dumps(flags))
     command = [sys.executable, str(RECIPES / "train_speculator.py")]
     command += ["--config", str(RECIPES / f"quickstart/stage{stage}.yaml")]
     for key, values in flags.items():
         command += [f"--{key}", *values]
-    folder.mkdir(parents=True, exist_ok=True)
-    made_with.write_text(json.dumps(flags))
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_models import HIDDEN, VOCAB, tiny_model, word_tokenizer
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -100,7 +101,9 @@ def test_sweep(tmp_path):
     for name, n in (("train", 40_000), ("held_out", 14_000)):
         text = " ".join(random.Random(n).choices(words, k=n))
         (corpus / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    variants = {"one head": {"new": {"n_predict": 1, "top_k_tokens_per_head": [5]}}, "stage 2 only": {"steps": [0, 3]}}
+    one_head = {"new": {"n_predict": 1, "top_k_tokens_per_head": [5]}}
+    variants = {"one head": one_head, "stage 2 only": {"steps": [0, 3]}}
+    variants["one head, noise"] = one_head | {"stage2": {"hidden_state_noise": 0.1}}
     sweep = {"steps": [2, 2], "seeds": [0], "variants": variants}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     flags = ["--variants", tmp_path / "sweep.yaml", "--base_model", base_model, "--corpus", corpus]
@@ -111,8 +114,15 @@ def test_sweep(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "| stage 2 only | 1." in done.stdout
         times.append({path: path.stat().st_mtime for path in output.rglob("model.safetensors")})
-    assert len(times[0]) == 3
+    assert len(times[0]) == 5
     assert times[0] == times[1]
+    weights = {path.relative_to(output).as_posix(): load_file(path)["speculator.emb.0.weight"] for path in times[0]}
+    same, other = (
+        [weights[f"{name}-0/stage{stage}/model.safetensors"] for name in ("one_head", "one_head,_noise")]
+        for stage in (1, 2)
+    )
+    assert torch.equal(*same)  # trained once, copied
+    assert not torch.equal(*other)
     report = json.loads((output / "results.json").read_text())
     assert [row["variant"] for row in report["rows"]] == list(variants)
     assert report["rows"][0]["n_predict"] == 1
