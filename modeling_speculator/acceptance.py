@@ -7,13 +7,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .context_vectors import read_context_vectors
-from .evaluation import accepted_drafts, distinct_ngrams, simulate_emissions
+from .evaluation import accepted_drafts, loops, simulate_emissions
 from .prompts import Prompt, check_lengths, encode, pad_left
 from .records import RecordFile
 from .statistics import SpeculationStatistics
 
 
-LOOPS_BELOW = 0.5  # share of distinct 4-grams; a text that loops flatters every drafter
 RESAMPLINGS = 2000
 
 
@@ -165,7 +164,7 @@ def summarize(records: list[dict], n_predict: int) -> dict:
         accuracy and simulation say; without continuations that loop; where simulation and generation part.
     """
     whole = _pool(records, n_predict)
-    varied = [record for record in records if distinct_ngrams(record["continuation"], 4) > LOOPS_BELOW]
+    varied = [record for record in records if not loops(record["continuation"])]
     simulated = [emitted for record in records for emitted in record["simulated_per_step"]]
     counted = [max(1, sum(column)) for column in zip(*(record["counted"] for record in records), strict=True)]
 

@@ -60,6 +60,11 @@ def distinct_ngrams(tokens: Sequence[int], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether half or more of a text's 4-grams are repetitions: easy to guess, which flatters every drafter."""
+    return distinct_ngrams(tokens, 4) <= 0.5
+
+
 @torch.no_grad()
 def accepted_drafts(
     speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27

@@ -26,7 +26,7 @@ from modeling_speculator.trainers.continuations import Continuations, Continuati
 
 RECIPES = Path(__file__).parent
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 200, 64, 64
-LOOPS_BELOW = 0.5  # share of distinct 4-grams
+
 LAST = "trainer_state.json"  # what a training writes when it is done
 
 
@@ -51,8 +51,7 @@ def main() -> None:
 
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
-    first = max(runs, key=lambda run: steps_of(args, run[0])[1])
-    train(args, *first)
+    train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
     texts = held_out_texts(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = pool.map(lambda run: train(args, *run), runs)
@@ -111,8 +110,7 @@ def run(stage: int, flags: dict) -> None:
     made_with.write_text(json.dumps(flags))
     command = [sys.executable, str(RECIPES / "train_speculator.py")]
     command += ["--config", str(RECIPES / f"quickstart/stage{stage}.yaml")]
-    for key, values in flags.items():
-        command += [f"--{key}", *values]
+    command += [part for key, values in flags.items() for part in (f"--{key}", *values)]
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -129,8 +127,7 @@ def held_out_texts(args) -> dict[str, Continuations]:
     greedy, sampled = (
         ContinuationSampler(base_model, NEW_TOKENS, temperature)(prompts, seed=0) for temperature in (0.0, 1.0)
     )
-    written = [[token for token in row if token != -100] for row in greedy.labels.tolist()]
-    varied = torch.tensor([evaluation.distinct_ngrams(row, 4) > LOOPS_BELOW for row in written])
+    varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in greedy.labels.tolist()])
     return {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
 
 

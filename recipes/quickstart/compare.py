@@ -14,10 +14,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator import SpeculationStatistics, benchmarking
-from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily
+from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, loops
 
 
-LOOPS_BELOW = 0.5  # share of distinct 4-grams
 ROUNDS = 3
 
 
@@ -97,7 +96,7 @@ def pool(outcomes: list[PromptOutcome]) -> SpeculationStatistics:
 def write_report(args, before: list[PromptOutcome] | None, outcomes: list[PromptOutcome], rates: dict) -> None:
     """Writes report.json and acceptance.png, and prints the figures."""
     stages = {"after stage 1": pool(before), "after stage 2": pool(outcomes)} if before else {"": pool(outcomes)}
-    varied = [outcome for outcome in outcomes if outcome.distinct_4grams > LOOPS_BELOW]
+    varied = [outcome for outcome in outcomes if not loops(outcome.continuation)]
     distinct = [outcome.distinct_4grams for outcome in outcomes]
     report = {
         "prompts": len(outcomes),
