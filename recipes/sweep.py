@@ -109,7 +109,7 @@ def run(stage: int, flags: dict) -> None:
     folder.mkdir(parents=True)
     made_with.write_text(json.dumps(flags))
     command = [sys.executable, str(RECIPES / "train_speculator.py")]
-    command += ["--config", str(RECIPES / f"quickstart/stage{stage}.yaml")]
+    command += ["--config", str(RECIPES / f"sweeps/stage{stage}.yaml")]
     command += [part for key, values in flags.items() for part in (f"--{key}", *values)]
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
