@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .checks import main_device
 from .context_vectors import read_context_vectors
 from .evaluation import accepted_drafts, loops, simulate_emissions
-from .prompts import Prompt, check_lengths, encode, pad_left
+from .prompts import Prompt, encode, pad_left, too_long
 from .records import RecordFile
 from .statistics import SpeculationStatistics
 
@@ -17,7 +18,7 @@ RESAMPLINGS = 2000
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class PromptAcceptance:
     """One continuation with a speculator.
 
     continuation: token ids.
@@ -49,44 +50,54 @@ def measure_prompts(
 ) -> None:
     """Adds a record for every turn of every prompt to a file, but for those that it holds.
 
-    Turn after turn, since a turn is asked after the answers to those before; in batches of similar lengths.
+    Turn after turn, since a turn is asked after the answers to those before; in batches of similar lengths. A later
+    turn that no longer fits into the context is left out, and said to be.
 
     Args:
         options: of `generate`, `max_new_tokens` among them.
 
     Raises:
-        ValueError: for a prompt that is too long for the base model.
+        ValueError: for a prompt whose first turn is too long.
     """
-    pad_token_id = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with tqdm(total=sum(len(prompt.turns) for prompt in prompts), unit="turn") as progress:
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
-            done = {(record["prompt"], record["turn"]): record["continuation"] for record in file.records}
-            asked = {number: prompt for number, prompt in enumerate(prompts) if len(prompt.turns) > turn}
-            past = [[tokenizer.decode(done[n, t], skip_special_tokens=True) for t in range(turn)] for n in asked]
-            texts = encode(list(asked.values()), past, tokenizer, chat)
-            check_lengths(list(asked.values()), texts, model, options["max_new_tokens"])
-            longest_first = sorted(zip(asked, texts, strict=True), key=lambda item: -len(item[1]))
+            rows = _rows_of(turn, prompts, file, tokenizer, chat)
+            done = {record["prompt"] for record in file.records if record["turn"] == turn}
+            for number, row in list(rows.items()):
+                problem = too_long(prompts[number], row, model, options["max_new_tokens"])
+                if problem and turn == 0:
+                    raise ValueError(problem)
+                if problem:
+                    progress.write(f"Turn {turn + 1} left out. {problem}")
+                    del rows[number]
+            longest_first = sorted(rows, key=lambda number: -len(rows[number]))
             for first in range(0, len(longest_first), batch_size):
-                numbers, rows = zip(*longest_first[first : first + batch_size], strict=True)
-                missing = {number for number in numbers if (number, turn) not in done}
-                if missing:
+                numbers = longest_first[first : first + batch_size]
+                if not done.issuperset(numbers):
                     torch.manual_seed(seed + 10_000 * turn + first)  # the same after an interruption
-                    batch = (part.to(model.device) for part in pad_left(rows, pad_token_id))
-                    measured = measure_acceptance(model, speculator, *batch, pad_token_id=pad_token_id, **options)
-                    file.add(
-                        [
-                            {"prompt": number, "turn": turn, "category": prompts[number].category} | asdict(acceptance)
-                            for number, acceptance in zip(numbers, measured, strict=True)
-                            if number in missing
-                        ]
-                    )
+                    batch = (part.to(main_device(model)) for part in pad_left([rows[number] for number in numbers]))
+                    measured = measure_acceptance(model, speculator, *batch, pad_token_id=0, **options)
+                    records = [
+                        {"prompt": number, "turn": turn, "category": prompts[number].category} | asdict(found)
+                        for number, found in zip(numbers, measured, strict=True)
+                    ]
+                    file.add([record for record in records if record["prompt"] not in done])
                 progress.update(len(numbers))
+
+
+def _rows_of(turn: int, prompts: list[Prompt], file: RecordFile, tokenizer, chat: bool) -> dict[int, list[int]]:
+    """Token ids up to a turn, by number of the prompt; of those that have one and were answered so far."""
+    answers = {(record["prompt"], record["turn"]): record["continuation"] for record in file.records}
+    asked = [number for number, prompt in enumerate(prompts) if len(prompt.turns) > turn]
+    asked = [number for number in asked if all((number, past) in answers for past in range(turn))]
+    past = [[tokenizer.decode(answers[n, past], skip_special_tokens=True) for past in range(turn)] for n in asked]
+    return dict(zip(asked, encode([prompts[number] for number in asked], past, tokenizer, chat), strict=True))
 
 
 @torch.no_grad()
 def measure_acceptance(
     model, speculator, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
-) -> list[Acceptance]:
+) -> list[PromptAcceptance]:
     """Continues a batch of left-padded prompts (batch, length) with a speculator, one record a row.
 
     Args:
@@ -110,7 +121,7 @@ def measure_acceptance(
     simulated = simulate_emissions(accepted_drafts(speculator, states, tokens), lengths)
     correct, correct_top_k, counted = head_accuracy(speculator, states, tokens)
     return [
-        Acceptance(
+        PromptAcceptance(
             continuation=texts[row, : lengths[row]].tolist(),
             emitted_per_step=list(statistics.emitted_per_step),
             drafted_tokens=statistics.drafted_tokens,
@@ -140,16 +151,14 @@ def head_accuracy(
     config, (batch, n) = speculator.config, hidden_states.shape[:2]
     width = max(1, chunk_elements // (config.n_predict * batch * config.vocab_size))
     totals = torch.zeros(3, config.n_predict, batch, dtype=torch.long, device=tokens.device)
-    top_k = torch.tensor(config.top_k_tokens_per_head, device=tokens.device)[:, None, None]
     for at in range(0, n, width):
         end = min(at + width, n)
         read = tokens[:, at : end + config.n_predict - 1].clamp(min=0)
         logits = speculator(hidden_states[:, at:end], read).logits  # (n_predict, batch, end - at, vocab)
         truth = tokens[:, at + 1 : end + config.n_predict].unfold(1, end - at, 1).transpose(0, 1)
-        counted = truth != -100
-        of_truth = logits.gather(-1, truth.clamp(min=0)[..., None])
-        better = (logits > of_truth).sum(-1)
-        totals += torch.stack([counted & (better == 0), counted & (better < top_k), counted]).sum(-1)
+        for head, k in enumerate(config.top_k_tokens_per_head):
+            right = logits[head].topk(k).indices == truth[head][..., None]  # of equals, those that are drafted
+            totals[:, head] += torch.stack([right[..., 0], right.any(-1), truth[head] != -100]).sum(-1)
     return tuple(totals.transpose(1, 2))
 
 
@@ -157,7 +166,7 @@ def summarize(records: list[dict], n_predict: int) -> dict:
     """Figures over continuations.
 
     Args:
-        records: of `measure_prompts`: `Acceptance` as dicts, each with its `prompt`'s number, `turn` and `category`.
+        records: of `measure_prompts`: each a `PromptAcceptance` with its `prompt`'s number, `turn` and `category`.
 
     Returns:
         tokens_per_step with its 95 % interval over prompts, accepted_per_position, and beside them what the heads'
@@ -192,7 +201,7 @@ def summarize(records: list[dict], n_predict: int) -> dict:
 def bootstrap_interval(records: list[dict], level: float = 0.95, seed: int = 0) -> list[float] | None:
     """Of tokens per step, by drawing prompts with replacement (percentiles of 2,000 draws).
 
-    Turns of one prompt are drawn together. None where no step was made.
+    Turns of one prompt are drawn together. None of fewer than two prompts, or where no step was made.
     """
     by_prompt = {}
     for record in records:
@@ -200,11 +209,14 @@ def bootstrap_interval(records: list[dict], level: float = 0.95, seed: int = 0) 
         emitted += record["emitted_per_step"]
     tokens = torch.tensor([sum(emitted) for emitted in by_prompt.values()], dtype=torch.double)
     steps = torch.tensor([len(emitted) for emitted in by_prompt.values()], dtype=torch.double)
-    if not steps.any():
+    if len(steps) < 2 or not steps.any():
         return None
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(tokens), (RESAMPLINGS, len(tokens)), generator=generator)
-    ratios = tokens[drawn].sum(-1) / steps[drawn].sum(-1)
+    ratios = []
+    for _ in range(RESAMPLINGS):
+        drawn = torch.randint(len(tokens), (len(tokens),), generator=generator)
+        ratios.append(tokens[drawn].sum() / steps[drawn].sum())
+    ratios = torch.stack(ratios)
     ratios = ratios[ratios.isfinite()]
     return torch.quantile(ratios, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)).tolist()
 

@@ -1,5 +1,7 @@
 """Timing runs side by side, and what a figure was measured on and with."""
 
+import hashlib
+import json
 import platform
 import statistics
 import time
@@ -11,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from .statistics import SpeculationStatistics
 
@@ -119,10 +122,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
-def machine() -> dict[str, str | int]:
+def machine(with_date: bool = True) -> dict[str, str | int]:
     """What a figure was measured on, and when."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return gpu | {"processor": processor, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+    date = {"date": time.strftime("%Y-%m-%d")} if with_date else {}
+    return gpu | {"processor": processor, "threads": torch.get_num_threads()} | date
+
+
+def digest(model: PreTrainedModel) -> str:
+    """Of names, shapes, dtypes and the first numbers of a model's weights, to tell others apart; of whole weights."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        first = weight.detach().flatten()[:16].float().tolist() if weight.device.type != "meta" else []
+        found.update(json.dumps([name, list(weight.shape), str(weight.dtype), first]).encode())
+    return found.hexdigest()[:16]

@@ -1,12 +1,16 @@
 """The drafters that the loop takes: a new one is a file beside `modeling_medusa.py`, and its line here.
 
 What the loop needs of one are `config` (with `model_type`, `vocab_size`, `emb_dim`, `n_predict`, `n_candidates`) and
-`generate_candidates`; what the trainers need besides is a `Cell`.
+`generate_candidates`; what is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the
+trainers need a `Cell`.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
@@ -43,3 +47,19 @@ def config_class_of(method: str) -> type[MLPSpeculatorConfig]:
     if method not in by_method:
         raise ValueError(f"`method` must be one of {', '.join(by_method)}, but is {method!r}.")
     return by_method[method]
+
+
+def dials_of(drafter) -> dict:
+    """What a drafter's config says of how it drafts."""
+    return {dial: getattr(drafter.config, dial, None) for dial in DIALS}
+
+
+@contextmanager
+def turned(drafter, dials: dict) -> Iterator[None]:
+    """A drafter drafts by other dials meanwhile."""
+    before = {dial: getattr(drafter.config, dial, None) for dial in dials}
+    vars(drafter.config).update(dials)
+    try:
+        yield
+    finally:
+        vars(drafter.config).update(before)

@@ -1,15 +1,16 @@
 """Latency of ways to decode, side by side: time to the first token and per token, tokens per step, memory."""
 
-import gc
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 
 import torch
 from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
 
-from .benchmarking import seconds_in_turn
+from .benchmarking import synchronize
+from .drafters import turned
 from .methods import Method
 
 
@@ -22,88 +23,132 @@ def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: 
     All generate `new_tokens` tokens a row, past an end of text, too. A method that fails has its error in its row.
 
     Args:
-        methods: of `expand_methods`; the first is what the others are compared with.
+        methods: of `expand_methods`; plain `generate`, which the others are compared with, among them.
 
     Returns:
         A row a method: medians over the rounds, and their spread.
     """
+    runs = [_Runs(model, method, batches, new_tokens) for method in methods]
+    model._previous_max_cache_length = -1  # else `generate` makes static caches as large as any before
     with _endless(model):
-        texts, rows, runs = {}, {}, {}
-        for number, method in enumerate(tqdm(methods, desc="warm-up", leave=False)):
-            rows[number] = {"method": method.name} | method.dials
-            run = partial(_generate, model, method, batches)
-            if method.reason is not None:
-                rows[number]["skipped"] = method.reason
-                continue
-            try:
-                texts[number], rows[number]["tokens_per_step"] = _untimed(model, run, new_tokens)
-                run(1)
-                rows[number] |= _peak_memory(lambda run=run: run(new_tokens))
-            except Exception as error:  # the others go on
-                rows[number]["error"] = f"{type(error).__name__}: {error}"
-                gc.collect()
-                continue
-            runs |= {(number, "first"): partial(run, 1), (number, "all"): partial(run, new_tokens)}
-        seconds = seconds_in_turn(runs, rounds)
-    n_rows = sum(len(input_ids) for input_ids, _ in batches)
-    for number in texts:
-        whole, first = seconds[number, "all"], seconds[number, "first"]
-        rates = [n_rows * new_tokens / each for each in whole]
-        per_token = [(all_ - one) / (new_tokens - 1) / len(batches) for all_, one in zip(whole, first, strict=True)]
-        rows[number] |= {
+        for run in tqdm(runs, desc="warm-up", leave=False):
+            run.attempt(run.warm_up)
+        for _ in range(rounds):
+            for run in runs:
+                run.attempt(run.time)
+    plain = next((run for run in runs if run.method.name == "generate"), None)
+    return [run.row(plain) for run in runs]
+
+
+class _Runs:
+    """What one method has done so far."""
+
+    def __init__(self, model, method: Method, batches: Batches, new_tokens: int):
+        self.model, self.method, self.batches, self.new_tokens = model, method, batches, new_tokens
+        self.problem = {} if method.reason is None else {"skipped": method.reason}
+        self.first, self.whole, self.figures = [], [], {}
+
+    def attempt(self, run: Callable[[], None]) -> None:
+        """Does what has not failed so far."""
+        if self.problem:
+            return
+        try:
+            run()
+        except Exception as error:  # the others go on
+            self.problem = {"error": f"{type(error).__name__}: {error}"}
+
+    def warm_up(self) -> None:
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        if before:
+            torch.cuda.reset_peak_memory_stats()
+        outputs, clocks = self.generate(self.new_tokens)
+        if before:  # of keys, values and activations: weights of all methods are there all the time
+            self.figures["gib_beside_weights"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        self.generate(1)
+        self.texts = torch.cat([out.sequences for out in outputs])
+        if self.method.drafter is not None:
+            steps = sum(out.speculation.steps for out in outputs)
+            tokens = sum(out.speculation.tokens for out in outputs)
+        elif self.method.is_stock:
+            steps = sum(len(clock.emitted) - 1 for clock in clocks)
+            tokens = sum(sum(clock.emitted[1:]) for clock in clocks)
+        else:
+            steps = tokens = 1
+        self.figures["tokens_per_step"] = tokens / steps if steps else None
+
+    def time(self) -> None:
+        """Seconds of a run, and until its first tokens were there, summed over batches."""
+        synchronize()
+        start = time.perf_counter()
+        _, clocks = self.generate(self.new_tokens)
+        synchronize()
+        self.whole.append(time.perf_counter() - start)
+        if self.method.is_stock:  # with one new token to make it would not draft at all
+            self.first.append(sum(clock.until_first for clock in clocks))
+            self.left = sum(sum(clock.emitted[1:]) for clock in clocks)
+            return
+        start = time.perf_counter()
+        self.generate(1)
+        synchronize()
+        self.first.append(time.perf_counter() - start)
+        self.left = (self.new_tokens - 1) * len(self.batches)
+
+    def generate(self, new_tokens: int) -> tuple[list, list["_Clock"]]:
+        """One run over all batches: the outputs of `generate`, and of transformers' assisted generation its steps."""
+        method, outputs, clocks = self.method, [], []
+        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        if "cache_implementation" in method.options:  # of one size, so that nothing is compiled twice
+            options["max_cache_len"] = max(ids.shape[1] for ids, _ in self.batches) + self.new_tokens
+        with turned(method.drafter, method.dials) if method.drafter is not None else nullcontext():
+            for ids, mask in self.batches:
+                if method.is_stock:
+                    clocks.append(_Clock())
+                    options["streamer"] = clocks[-1]
+                outputs.append(
+                    self.model.generate(
+                        ids, attention_mask=mask, return_dict_in_generate=True, **options | method.options
+                    )
+                )
+        return outputs, clocks
+
+    def row(self, plain: "_Runs | None") -> dict:
+        row = {"method": self.method.name} | self.method.dials | self.problem
+        if self.problem:
+            return row
+        n_rows = sum(len(ids) for ids, _ in self.batches)
+        rates = [n_rows * self.new_tokens / seconds for seconds in self.whole]
+        after = [1000 * (whole - first) for whole, first in zip(self.whole, self.first, strict=True)]
+        row |= self.figures | {
             "tokens_per_second": statistics.median(rates),
             "tokens_per_second_range": [min(rates), max(rates)],
-            "first_token_ms": 1000 * statistics.median(first) / len(batches),
-            "ms_per_token": 1000 * statistics.median(per_token),
+            "first_token_ms": 1000 * statistics.median(self.first) / len(self.batches),
+            "ms_per_token": statistics.median(after) / max(1, self.left),
         }
-        if 0 in texts:
-            ratios = [plain / own for plain, own in zip(seconds[0, "all"], whole, strict=True)]
-            pairs = zip(torch.cat(texts[0]), torch.cat(texts[number]), strict=True)
-            rows[number] |= {
-                "speedup": statistics.median(ratios),
-                "identical_outputs": sum(torch.equal(one, other) for one, other in pairs),
+        if plain is not None and not plain.problem:
+            row |= {
+                "speedup": statistics.median(one / own for one, own in zip(plain.whole, self.whole, strict=True)),
+                "identical_outputs": int((plain.texts == self.texts).all(-1).sum()),
                 "outputs": n_rows,
             }
-    return list(rows.values())
+        return row
 
 
-def _generate(model, method: Method, batches: Batches, new_tokens: int) -> list:
-    """One run over all batches: the outputs of `generate`."""
-    for dial, value in method.dials.items():
-        setattr(method.drafter.config, dial, value)
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-    if "cache_implementation" in method.options:  # of one size, so that nothing is compiled twice
-        options["max_cache_len"] = max(input_ids.shape[1] for input_ids, _ in batches) + 2 * new_tokens
-    return [model.generate(ids, attention_mask=mask, **options | method.options) for ids, mask in batches]
+class _Clock(BaseStreamer):
+    """When the first tokens after the prompt came, and how many at a time."""
 
+    def __init__(self):
+        self.start, self.until_first, self.emitted = time.perf_counter(), None, None
 
-def _untimed(model, run: Callable, new_tokens: int) -> tuple[list[torch.Tensor], float]:
-    """The texts of a run and its tokens per step, from our statistics, or from the forwards that the model made."""
-    forwards, layers = [0], model.config.get_text_config(decoder=True).num_hidden_layers
+    def put(self, value: torch.Tensor) -> None:
+        if self.emitted is None:  # the prompt
+            self.emitted = []
+            return
+        if not self.emitted:
+            self.until_first = time.perf_counter() - self.start
+        self.emitted.append(value.numel())
 
-    def count(module, args) -> None:  # early exit drafts with the same model, some layers short
-        forwards[0] += module.config.get_text_config(decoder=True).num_hidden_layers == layers
-
-    handle = model.register_forward_pre_hook(count)
-    try:
-        outputs = run(new_tokens)
-    finally:
-        handle.remove()
-    if hasattr(outputs[0], "speculation"):
-        steps = sum(out.speculation.steps for out in outputs)
-        tokens_per_step = sum(out.speculation.tokens for out in outputs) / max(1, steps)
-    else:  # a prefill a batch; then a forward is a step of every row
-        tokens_per_step = (new_tokens - 1) * len(outputs) / max(1, forwards[0] - len(outputs))
-    return [out.sequences for out in outputs], tokens_per_step
-
-
-def _peak_memory(run: Callable) -> dict[str, float]:
-    """GiB allocated on the GPU at most; nothing without one."""
-    if not torch.cuda.is_available():
-        return {}
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    def end(self) -> None:
+        pass
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 from transformers import CompileConfig, PreTrainedModel
 
-from .configuration_mlp_speculator import DIALS
-from .drafters import is_drafter
+from .drafters import dials_of, is_drafter
 
 
-# Those of transformers; a speculator goes by the name that it is given.
+# Those of transformers; speculators and draft models go by the names that they are given.
 METHODS = ("generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash")
 FORMS = ("static", "compiled")  # a prefix: "compiled:generate"
 LOOKUP_TOKENS = 10  # as in transformers' documentation
@@ -21,6 +20,7 @@ class Method:
     name: as asked for.
     options: of `generate`.
     drafter, dials: a speculator, and what its config is to say for the time of a call.
+    is_stock: whether it is assisted generation of transformers' own.
     reason: why it can't run; None where it can.
     """
 
@@ -28,6 +28,7 @@ class Method:
     options: dict = field(default_factory=dict)
     drafter: PreTrainedModel | None = None
     dials: dict = field(default_factory=dict)
+    is_stock: bool = False
     reason: str | None = None
 
 
@@ -38,10 +39,10 @@ def expand_methods(
     n_candidates: list[int] | None = None,
     batch_size: int = 1,
 ) -> list[Method]:
-    """Methods by name, a drafter's once for every number of candidates.
+    """Methods by name, a speculator's once for every number of candidates.
 
     Args:
-        drafters: {name: speculator}, and under "draft_model" or "dflash" a model that drafts the way of transformers.
+        drafters: {name: a speculator, or a language model that drafts}; one named "dflash" drafts by blocks.
         n_candidates: to draft with; default: each speculator's own dials.
 
     Raises:
@@ -57,14 +58,16 @@ def expand_methods(
                 f"cache, {' or '.join(f'{form}:generate' for form in FORMS)}."
             )
         options = _form_options(form)
-        if is_drafter(drafters.get(what)):
+        if what == "generate":
+            methods.append(Method(name, options))
+        elif is_drafter(drafters.get(what)):
             drafter = drafters[what]
-            dials = [_own_dials(drafter)] if n_candidates is None else [_dials(drafter, k) for k in n_candidates]
             options["assistant_model"] = drafter
-            methods += [Method(name, options, drafter, own) for own in dials]
+            every = [dials_of(drafter)] if n_candidates is None else [_dials(drafter, k) for k in n_candidates]
+            methods += [Method(name, options, drafter, dials) for dials in every]
         else:
             reason = _why_not(what, form, model, drafters, batch_size)
-            methods.append(Method(name, options | _options(what, model, drafters), reason=reason))
+            methods.append(Method(name, options | _options(what, model, drafters), is_stock=True, reason=reason))
     return methods
 
 
@@ -80,20 +83,17 @@ def _form_options(form: str) -> dict:
 
 def _options(what: str, model: PreTrainedModel, drafters: dict[str, PreTrainedModel]) -> dict:
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return {
-        "generate": {},
+    known = {
         "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
-        "draft_model": {"assistant_model": drafters.get("draft_model")},
         "early_exit": {"assistant_early_exit": max(1, layers // 2)},
         "mtp": {"use_mtp": True},
-        "dflash": {"assistant_model": drafters.get("dflash"), "speculation_type": "dflash"},
-    }[what]
+        "dflash": {"assistant_model": drafters.get(what), "speculation_type": "dflash"},
+    }
+    return known.get(what, {"assistant_model": drafters.get(what)})
 
 
 def _why_not(what: str, form: str, model: PreTrainedModel, drafters: dict, batch_size: int) -> str | None:
-    """Why one of transformers' methods can't run, before it is tried."""
-    if what == "generate":
-        return None
+    """Why assisted generation of transformers can't run, before it is tried."""
     if what in ("draft_model", "dflash") and what not in drafters:
         return "no such drafter was given"
     if what == "mtp" and not getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None):
@@ -105,12 +105,9 @@ def _why_not(what: str, form: str, model: PreTrainedModel, drafters: dict, batch
     return None
 
 
-def _own_dials(drafter: PreTrainedModel) -> dict:
-    return {name: getattr(drafter.config, name, None) for name in DIALS}
-
-
 def _dials(drafter: PreTrainedModel, n_candidates: int) -> dict:
-    """`n_candidates`, with as much more children for the first node as it takes to have so many leaves."""
-    top_k, n_heads = list(drafter.config.top_k_tokens_per_head), getattr(drafter.config, "n_heads", None)
-    top_k[0] = max(top_k[0], math.ceil(n_candidates / math.prod(top_k[1:n_heads])))
-    return _own_dials(drafter) | {"top_k_tokens_per_head": top_k, "n_candidates": n_candidates, "n_tree_nodes": None}
+    """`n_candidates`, with as many more children for the first node as it takes to have so many leaves."""
+    dials = dials_of(drafter)
+    top_k = list(dials["top_k_tokens_per_head"])
+    top_k[0] = max(top_k[0], math.ceil(n_candidates / math.prod(top_k[1 : dials["n_heads"]])))
+    return dials | {"top_k_tokens_per_head": top_k, "n_candidates": n_candidates, "n_tree_nodes": None}

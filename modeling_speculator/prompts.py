@@ -1,6 +1,7 @@
 """Prompts to measure on, in the formats that they are published in."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,9 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """Reads prompts from a file or a dataset.
 
     Args:
-        source: a text file (a prompt a line), jsonl, gzipped or not, or a dataset's Hub id or folder, whose split is
-            named after a colon where it is not "test" (`openai/openai_humaneval`, `my-org/prompts:train`).
+        source: a text file (a prompt a line), jsonl, gzipped or not, or a dataset's Hub id or folder, with its
+            configuration and split where there are several: `openai/openai_humaneval`, `openai/gsm8k:main`,
+            `my-org/prompts::train`. The split is "test" unless it is named.
         limit: at most, spread evenly, so that every category keeps its share.
 
     Raises:
@@ -59,8 +61,8 @@ def _rows(source: str) -> Iterator[tuple[dict, str]]:
     if not path.is_file() and kind in (".jsonl", ".json", ".txt"):
         raise ValueError(f"{source}: there is no such file.")
     if not path.is_file():
-        name, _, split = source.partition(":")
-        for number, row in enumerate(datasets.load_dataset(name, split=split or "test")):
+        name, config, split = (source.split(":") + ["", ""])[:3]
+        for number, row in enumerate(datasets.load_dataset(name, config or None, split=split or "test")):
             yield row, f"{source}, row {number}"
         return
     if kind not in (".jsonl", ".json", ".txt"):
@@ -89,9 +91,10 @@ def _parse(row: dict, where: str) -> Prompt:
         category = "mt_bench" if category in _MT_BENCH else category
     elif "prompt" in row or "text" in row:
         turns = [row["prompt"] if "prompt" in row else row["text"]]
-        category = category or ("humaneval" if "task_id" in row else "")
+        category = category or ("humaneval" if str(row.get("task_id")).startswith("HumanEval") else "")
     elif "question" in row and "answer" in row:
-        turns, category, reference = [row["question"]], category or "gsm8k", row["answer"]
+        turns, category = [row["question"]], category or "gsm8k"
+        reference = row["answer"] if isinstance(row["answer"], str) else None
     else:
         raise ValueError(f"{where}: of unknown form, with {sorted(row)}. Known are {_FORMATS}.")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
@@ -124,17 +127,48 @@ def encode(
     return rows
 
 
-def check_lengths(prompts: list[Prompt], rows: list[list[int]], model: PreTrainedModel, max_new_tokens: int) -> None:
-    """Raises a ValueError that names the first prompt which is empty, or too long for a model's context."""
+def too_long(prompt: Prompt, row: list[int], model: PreTrainedModel, max_new_tokens: int) -> str | None:
+    """What is wrong with the length of a prompt of some tokens; None where nothing is."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for prompt, row in zip(prompts, rows, strict=True):
-        if not row:
-            raise ValueError(f"{prompt.where}: a prompt of no tokens.")
-        if limit is not None and len(row) + max_new_tokens > limit:
-            raise ValueError(
-                f"{prompt.where}: a prompt of {len(row)} tokens and {max_new_tokens} new ones are more than the "
-                f"{limit} positions of the base model. Lower `max_new_tokens`, or leave that prompt out."
-            )
+    if not row:
+        return f"{prompt.where}: a prompt of no tokens."
+    if limit is not None and len(row) + max_new_tokens > limit:
+        return (
+            f"{prompt.where}: a prompt of {len(row)} tokens and {max_new_tokens} new ones are more than the {limit} "
+            "positions of the base model. Lower `max_new_tokens`, or leave out what is too long (`--leave_out_long`)."
+        )
+    return None
+
+
+def fitting_prompts(
+    prompts: list[Prompt], tokenizer, model: PreTrainedModel, max_new_tokens: int, chat: bool, leave_out: bool
+) -> list[Prompt]:
+    """The prompts whose first turn leaves room for its answer.
+
+    Raises:
+        ValueError: for the first that does not, unless such are to be left out.
+    """
+    rows = encode(prompts, [[] for _ in prompts], tokenizer, chat)
+    problems = [too_long(prompt, row, model, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
+    fitting = [prompt for prompt, problem in zip(prompts, problems, strict=True) if problem is None]
+    if len(fitting) < len(prompts) and (not leave_out or not fitting):
+        raise ValueError(next(problem for problem in problems if problem is not None))
+    return fitting
+
+
+def check_context(model: PreTrainedModel, n_tokens: int) -> None:
+    """Raises a ValueError where texts of so many tokens are longer than a model's context."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"Prompts and new tokens, {n_tokens} in all, are more than the {limit} positions of the base model. Lower "
+            "`prompt_length` or `max_new_tokens`."
+        )
+
+
+def digest_of(prompts: list[Prompt]) -> str:
+    """To tell prompts from others."""
+    return hashlib.sha256(json.dumps([prompt.turns for prompt in prompts]).encode()).hexdigest()[:16]
 
 
 def pad_left(rows: Sequence[list[int]], pad_token_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,13 +179,26 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int = 0) -> tuple[torch.Te
     return padded, mask
 
 
-def cut_prompts(texts: list[list[int]], length: int, n: int) -> torch.Tensor:
-    """n prompts of `length` tokens, (n, length), each from the middle of a text; spread evenly over those long enough.
+def cut_prompts(
+    texts: list[list[int]], length: int, n: int, longest: int | None = None, bos_token_id: int | None = None
+) -> torch.Tensor:
+    """n prompts of `length` tokens, (n, length), from the middle of texts; spread evenly over those long enough.
+
+    Args:
+        longest: of the lengths that are compared: prompts of all of them come from the same texts, and end at the same
+            token, so that the same is to be continued.
+        bos_token_id: kept at the beginning of a prompt whose text begins with it.
 
     Raises:
         ValueError: if too few texts are so long.
     """
-    rows = [row[(len(row) - length) // 2 :][:length] for row in texts if len(row) >= length]
+    longest = max(length, longest or length)
+    rows = []
+    for text in texts:
+        if len(text) >= longest:
+            end = (len(text) + longest) // 2
+            row = text[end - length : end]
+            rows.append([bos_token_id, *row[1:]] if bos_token_id is not None and text[0] == bos_token_id else row)
     if len(rows) < n:
-        raise ValueError(f"Only {len(rows)} of {len(texts)} prompts have {length} tokens, where {n} are needed.")
+        raise ValueError(f"Only {len(rows)} of {len(texts)} prompts have {longest} tokens, where {n} are needed.")
     return torch.tensor([rows[at * len(rows) // n] for at in range(n)])

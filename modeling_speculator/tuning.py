@@ -7,20 +7,18 @@ modelled but computed, from texts that the base model has written.
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from types import SimpleNamespace
 
 import torch
 
-from .acceptance import read_context_vectors
-from .benchmarking import seconds_in_turn, step_times
+from .benchmarking import seconds_in_turn
 from .candidate_tree import CandidateTree
 from .configuration_mlp_speculator import DIALS
+from .context_vectors import read_context_vectors
 from .decoding import max_nodes
+from .drafters import dials_of, turned
 from .evaluation import accepted_drafts, simulate_emissions
 
 
@@ -69,29 +67,34 @@ class Texts:
         config = speculator.config
         if config.n_candidates == 0 or config.n_tree_nodes is not None:
             return float(max_nodes(config))
-        roots = self.tokens.reshape(-1, 1)
-        states = self.states.flatten(0, 1)[:, None]
-        some = torch.arange(0, len(roots), max(1, len(roots) // 512))
-        some = some[: max(batch_size, len(some) // batch_size * batch_size)]
-        candidates = speculator.generate_candidates(states[some], roots[some])
-        sizes = CandidateTree.merge(roots[some], candidates, max_nodes(config)).n_nodes
-        return float(torch.stack([part.amax() for part in sizes.split(batch_size)]).float().mean())
+        roots, states = self.tokens.reshape(-1, 1), self.states.flatten(0, 1)[:, None]
+        sizes = []
+        for some in torch.arange(0, len(roots), max(1, len(roots) // 512)).split(32):
+            candidates = speculator.generate_candidates(states[some], roots[some])
+            sizes.append(CandidateTree.merge(roots[some], candidates, max_nodes(config)).n_nodes)
+        return float(torch.stack([part.amax() for part in torch.cat(sizes).split(batch_size)]).float().mean())
+
+
+def off(config) -> dict:
+    """Dials that turn speculation off."""
+    return {dial: getattr(config, dial) for dial in DIALS} | {"n_candidates": 0, "n_tree_nodes": None, "n_heads": None}
 
 
 def grid(config) -> list[dict]:
-    """Dials worth a look: fewer heads, numbers of nodes, numbers of candidates; the first turns speculation off."""
+    """Dials worth a look: none, its own; fewer heads, numbers of nodes and of candidates, wide trees and narrow."""
     own = {dial: getattr(config, dial) for dial in DIALS}
-    off = own | {"n_candidates": 0, "n_tree_nodes": None, "n_heads": None}
-    dials = [off]
+    dials = [off(config), own]
     for heads in range(1, config.n_predict + 1):
-        top_k = config.top_k_tokens_per_head[:heads]
-        leaves = math.prod(top_k)
+        top_k = config.top_k_tokens_per_head
+        leaves = math.prod(top_k[:heads])
         n_nodes = sum(math.prod(top_k[: head + 1]) for head in range(heads))
-        n_heads = None if heads == config.n_predict else heads
-        few = off | {"n_heads": n_heads, "n_candidates": min(leaves, max(1, own["n_candidates"]))}
+        few = off(config) | {"n_heads": None if heads == config.n_predict else heads}
+        few["n_candidates"] = min(leaves, max(1, own["n_candidates"]))
         dials += [few | {"n_tree_nodes": size} for size in TREE_SIZES if heads <= size <= n_nodes]
         dials += [few | {"n_candidates": k} for k in CANDIDATES if k <= leaves]
-    return dials
+        chains = {k: [k] + [1] * (config.n_predict - 1) for k in CANDIDATES if k <= config.vocab_size}
+        dials += [few | {"n_candidates": k, "top_k_tokens_per_head": top_k} for k, top_k in chains.items()]
+    return [some for at, some in enumerate(dials) if some not in dials[:at]]
 
 
 def work(config) -> tuple[int, int]:
@@ -105,32 +108,50 @@ def work(config) -> tuple[int, int]:
     return len(top_k), states
 
 
-def measure_steps(model, speculator, texts: Texts, batch_size: int, repeats: int = 3) -> list[dict]:
-    """What steps cost with a few dials that span the grid: milliseconds, nodes, heads, states."""
+def decoding_seconds(
+    model, speculator, prompts: torch.Tensor, batch_size: int, new_tokens: int, every: list[dict | None], rounds: int
+) -> list[list[float]]:
+    """How long decoding takes after the first token, plainly (None) or with each of some dials, run in turn."""
+
+    def run(dials: dict | None, n: int) -> None:
+        options = {"max_new_tokens": n, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        options |= {} if dials is None else {"assistant_model": speculator}
+        with turned(speculator, dials or {}):
+            for some in prompts.split(batch_size):
+                model.generate(some, attention_mask=torch.ones_like(some), **options)
+
+    runs = {(at, n): partial(run, dials, n) for at, dials in enumerate(every) for n in (1, new_tokens)}
+    for warm_up in runs.values():
+        warm_up()
+    seconds = seconds_in_turn(runs, rounds)
+    pairs = [(seconds[at, 1], seconds[at, new_tokens]) for at in range(len(every))]
+    return [[whole - first for first, whole in zip(*pair, strict=True)] for pair in pairs]
+
+
+def measure_steps(model, speculator, texts: Texts, batch_size: int, rounds: int = 3) -> tuple[float, list[dict]]:
+    """What steps cost with a few dials that span the grid.
+
+    Returns:
+        Milliseconds of plain `generate` for a token of every row; of each dial's step, with its nodes, heads, states.
+    """
     every = grid(speculator.config)
     trees = [dials for dials in every if dials["n_tree_nodes"] is not None]
-    sampled = [every[0], *trees[:: max(1, len(trees) // 6)], trees[-1]]
-    sampled += [dials for dials in every[1:] if dials["n_tree_nodes"] is None][:: max(1, len(CANDIDATES) // 2)]
-    prompts = texts.prompts[:batch_size]
-    options = {"max_new_tokens": texts.new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    options |= {"attention_mask": torch.ones_like(prompts), "return_dict_in_generate": True}
-
-    def run() -> SimpleNamespace:
-        """A step is one of the whole batch, which goes on until its slowest row has ended."""
-        rows = model.generate(prompts, assistant_model=speculator, **options).speculation.per_sequence
-        return SimpleNamespace(steps=max(row.steps for row in rows))
-
+    candidates = [dials for dials in every[1:] if dials["n_tree_nodes"] is None]
+    spread = [some[at * (len(some) - 1) // 5] for some in (trees, candidates) if some for at in range(6)]
+    sampled = [every[0], *spread]
+    some = texts.prompts[:batch_size]
+    plain, *seconds = decoding_seconds(model, speculator, some, batch_size, texts.new_tokens, [None, *sampled], rounds)
     rows = []
-    with _dials_restored(speculator):
-        for dials in sampled:
-            _turn(speculator, dials)
-            run()
-            times = step_times(model, speculator, run, repeats)
+    for dials, each in zip(sampled, seconds, strict=True):
+        with turned(speculator, dials):
             heads, states = work(speculator.config)
-            rows.append(
-                dials | times | {"nodes": texts.nodes(speculator, batch_size), "heads": heads, "states": states}
-            )
-    return rows
+            n_steps = int(
+                texts.steps(speculator)[:batch_size].amax()
+            )  # a batch goes on until its slowest row has ended
+            nodes = texts.nodes(speculator, batch_size)
+        cost = {"step_ms": 1000 * statistics.median(each) / n_steps, "nodes": nodes, "heads": heads, "states": states}
+        rows.append(dials | cost)
+    return 1000 * statistics.median(plain) / (texts.new_tokens - 1), rows
 
 
 def fit(rows: list[dict]) -> StepCost:
@@ -148,117 +169,79 @@ def fit(rows: list[dict]) -> StepCost:
     return StepCost(*best.tolist())
 
 
-def predict(model, speculator, texts: Texts, batch_size: int, cost: StepCost, plain_ms: float) -> list[dict]:
+def predict(speculator, texts: Texts, batch_size: int, cost: StepCost, plain_ms: float) -> list[dict]:
     """Tokens per second and speed-up over plain decoding for all dials of the grid, the fastest first.
 
     Args:
         plain_ms: what plain `generate` takes for a token of every row.
     """
     rows = []
-    with _dials_restored(speculator):
-        for dials in grid(speculator.config):
-            _turn(speculator, dials)
+    for dials in grid(speculator.config):
+        with turned(speculator, dials):
             steps = texts.steps(speculator)
-            # A batch goes on until its slowest row has ended.
-            of_batches = torch.stack([part.amax() for part in steps.split(batch_size)])
             step_ms = cost.of(texts.nodes(speculator, batch_size), *work(speculator.config))
-            n_tokens = len(steps) * (texts.new_tokens - 1)
-            seconds = float(of_batches.sum()) * step_ms / 1000
-            rows.append(
-                dials
-                | {
-                    "tokens_per_step": n_tokens / int(steps.sum()),
-                    "step_ms": step_ms,
-                    "tokens_per_second": n_tokens / seconds,
-                    "speedup": len(of_batches) * (texts.new_tokens - 1) * plain_ms / 1000 / seconds,
-                    "break_even_tokens_per_step": step_ms / plain_ms,
-                }
-            )
+        of_batches = torch.stack([part.amax() for part in steps.split(batch_size)])
+        n_tokens = len(steps) * (texts.new_tokens - 1)
+        seconds = float(of_batches.sum()) * step_ms / 1000
+        rows.append(
+            dials
+            | {
+                "tokens_per_step": n_tokens / int(steps.sum()),
+                "step_ms": step_ms,
+                "tokens_per_second": n_tokens / seconds,
+                "speedup": len(of_batches) * (texts.new_tokens - 1) * plain_ms / 1000 / seconds,
+                "break_even_tokens_per_step": step_ms / plain_ms,
+            }
+        )
     return sorted(rows, key=lambda row: -row["tokens_per_second"])
-
-
-def verify(model, speculator, texts: Texts, batch_size: int, all_dials: list[dict], rounds: int = 3) -> list[dict]:
-    """Measured tokens per second of decoding, prefill aside: plain `generate` first, then with each of some dials."""
-
-    def run(dials: dict | None, new_tokens: int) -> None:
-        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        if dials is not None:
-            _turn(speculator, dials)
-            options["assistant_model"] = speculator
-        for some in texts.prompts.split(batch_size):
-            model.generate(some, attention_mask=torch.ones_like(some), **options)
-
-    lengths = (1, texts.new_tokens)
-    runs = {(at, n): partial(run, dials, n) for at, dials in enumerate([None, *all_dials]) for n in lengths}
-    with _dials_restored(speculator):
-        for warm_up in runs.values():
-            warm_up()
-        seconds = seconds_in_turn(runs, rounds)
-    n_tokens, rows = len(texts.prompts) * (texts.new_tokens - 1), []
-    n_batches = -(-len(texts.prompts) // batch_size)
-    for at in range(len(all_dials) + 1):
-        decoding = [whole - first for first, whole in zip(*(seconds[at, n] for n in lengths), strict=True)]
-        each = statistics.median(decoding)
-        rows.append({"tokens_per_second": n_tokens / each, "ms": 1000 * each / n_batches / (texts.new_tokens - 1)})
-    return rows
 
 
 def tune(model, speculator, prompts: torch.Tensor, batch_size: int, new_tokens: int = 64, rounds: int = 3) -> dict:
     """Measures, fits, predicts, and runs what it recommends, to say how wrong the prediction was.
 
     Args:
-        prompts: (n, length), as many as are worth a text each; n at least `batch_size`.
+        prompts: (n, length), n a multiple of `batch_size`.
 
     Returns:
-        In JSON's types: the fitted costs, `predictions` of all dials, the fastest first, `recommended` dials, and
-        `verified`: predicted and measured tokens per second of those and of the speculator's own dials.
+        In JSON's types: the fitted costs, `predictions` of all dials, the fastest first; `verified`, predicted and
+        measured tokens per second of the first of them and of the speculator's own dials; and `recommended`, the
+        fastest of what was measured, which may be to leave speculation off.
     """
     texts = Texts(model, prompts, new_tokens)
-    measured = measure_steps(model, speculator, texts, batch_size, rounds)
+    plain_ms, measured = measure_steps(model, speculator, texts, batch_size, rounds)
     cost = fit(measured)
-    (plain,) = verify(model, speculator, texts, batch_size, [], rounds)
-    predictions = predict(model, speculator, texts, batch_size, cost, plain["ms"])
-    own = {dial: getattr(speculator.config, dial) for dial in DIALS}
-    recommended = {dial: predictions[0][dial] for dial in DIALS}
-    to_verify = [recommended] + [row for row in map(_dials_of, predictions) if row == own and row != recommended]
-    plain, *runs = verify(model, speculator, texts, batch_size, to_verify, rounds)
+    predictions = predict(speculator, texts, batch_size, cost, plain_ms)
+    by_dials = {str(_dials_in(row)): row for row in predictions}
+    to_verify = {str(dials): dials for dials in (_dials_in(predictions[0]), dials_of(speculator))}
+    plain, *seconds = decoding_seconds(
+        model, speculator, prompts, batch_size, new_tokens, [None, *to_verify.values()], rounds
+    )
+    n_tokens = len(prompts) * (new_tokens - 1)
+    plain_rate = n_tokens / statistics.median(plain)
     verified = []
-    for dials, run in zip(to_verify, runs, strict=True):
-        predicted = next(row for row in predictions if _dials_of(row) == dials)["tokens_per_second"]
+    for (key, dials), each in zip(to_verify.items(), seconds, strict=True):
+        predicted, rate = by_dials[key]["tokens_per_second"], n_tokens / statistics.median(each)
         verified.append(
             dials
             | {
                 "predicted_tokens_per_second": predicted,
-                "measured_tokens_per_second": run["tokens_per_second"],
-                "prediction_error": predicted / run["tokens_per_second"] - 1,
-                "measured_speedup": run["tokens_per_second"] / plain["tokens_per_second"],
+                "measured_tokens_per_second": rate,
+                "prediction_error": predicted / rate - 1,
+                "measured_speedup": statistics.median(one / own for one, own in zip(plain, each, strict=True)),
             }
         )
+    fastest = max(verified, key=lambda row: row["measured_speedup"])
     return {
         "batch_size": batch_size,
         "context": prompts.shape[1],
-        "plain_tokens_per_second": plain["tokens_per_second"],
+        "plain_tokens_per_second": plain_rate,
         "cost_ms": asdict(cost),
         "measured_steps": measured,
-        "recommended": recommended,
-        "verified": verified,
         "predictions": predictions,
+        "verified": verified,
+        "recommended": _dials_in(fastest) if fastest["measured_speedup"] > 1 else off(speculator.config),
     }
 
 
-@contextmanager
-def _dials_restored(speculator) -> Iterator[None]:
-    before = {dial: getattr(speculator.config, dial) for dial in DIALS}
-    try:
-        yield
-    finally:
-        _turn(speculator, before)
-
-
-def _turn(speculator, dials: dict) -> None:
-    for dial in DIALS:
-        setattr(speculator.config, dial, dials[dial])
-
-
-def _dials_of(row: dict) -> dict:
+def _dials_in(row: dict) -> dict:
     return {dial: row[dial] for dial in DIALS}

@@ -17,19 +17,20 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import psutil
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_speculator.benchmarking import machine, versions
-from modeling_speculator.drafters import DRAFTERS
+from modeling_speculator.benchmarking import digest, machine, versions
+from modeling_speculator.checks import main_device
+from modeling_speculator.drafters import dials_of, is_drafter
 from modeling_speculator.latency import measure_latency
+from modeling_speculator.loading import load_base_model, load_drafter
 from modeling_speculator.methods import expand_methods
-from modeling_speculator.prompts import cut_prompts, read_prompts
+from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
 from modeling_speculator.records import RecordFile
 
 
 AXES = ("batch_size", "prompt_length")
-COLUMNS = ("method", "n_candidates", "batch_size", "prompt_length", "speedup", "tokens_per_second", "tokens_per_step",
-           "first_token_ms", "ms_per_token", "identical_outputs")  # fmt: skip
+COLUMNS = ("method", "n_candidates", "top_k_tokens_per_head", *AXES, "speedup", "tokens_per_second", "range",
+           "tokens_per_step", "first_token_ms", "ms_per_token", "identical_outputs", "gib_beside_weights")  # fmt: skip
 
 
 def main() -> None:
@@ -39,29 +40,40 @@ def main() -> None:
     busy = psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count()
     if busy > 0.2:
         print(f"WARNING: {busy:.1f} cores are busy with something else. Stop it: its share of the time is not known.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype).eval().to(device)
+    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
     paths = dict(drafter.partition("=")[::2] for drafter in args.drafters)
     paths |= {"speculator": args.speculator} if args.speculator else {}
     drafters = {name: load_drafter(path, model) for name, path in paths.items()}
-    methods = args.methods or ["generate", "prompt_lookup", *drafters]
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", *AXES)}
-    file = RecordFile(args.output / "latency.jsonl", settings | {"versions": versions(), "machine": machine()})
-    texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in read_prompts(args.prompts)]
+    methods = ["generate", *(name for name in args.methods or ["prompt_lookup", *drafters] if name != "generate")]
+    expand_methods(methods, model, drafters)  # knows them all
+    prompts = read_prompts(args.prompts)
+    texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in prompts]
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", *AXES)}
+    settings |= {"dials": {name: dials_of(each) for name, each in drafters.items() if is_drafter(each)}}
+    settings |= {"weights": [digest(each) for each in (model, *drafters.values())], "texts": digest_of(prompts)}
+    settings |= {"versions": versions(), "machine": machine(with_date=False)}
+    file = RecordFile(args.output / "latency.jsonl", settings)
     for batch_size, length in product(args.batch_size, args.prompt_length):
-        if any((row["batch_size"], row["prompt_length"]) == (batch_size, length) for row in file.records):
+        cell = {"batch_size": batch_size, "prompt_length": length, "new_tokens": args.max_new_tokens}
+        if any(record["cell"] == cell for record in file.records):
             continue
         n_prompts = max(args.n_prompts, batch_size) // batch_size * batch_size
-        prompts = cut_prompts(texts, length, n_prompts).to(device).split(batch_size)
-        batches = [(part, torch.ones_like(part)) for part in prompts]
+        try:
+            check_context(model, length + args.max_new_tokens)
+            possible = [n for n in args.prompt_length if sum(len(text) >= n for text in texts) >= n_prompts]
+            rows = cut_prompts(texts, length, n_prompts, max(possible, default=0), tokenizer.bos_token_id)
+        except ValueError as error:  # the other cells go on
+            file.add([{"cell": cell, "rows": [cell | {"method": name, "error": str(error)} for name in methods]}])
+            continue
+        batches = [(part, torch.ones_like(part)) for part in rows.to(main_device(model)).split(batch_size)]
         ways = expand_methods(methods, model, drafters, args.n_candidates, batch_size)
-        cell = {"batch_size": batch_size, "prompt_length": length, "new_tokens": args.max_new_tokens}
-        rows = measure_latency(model, ways, batches, args.max_new_tokens, args.rounds)
-        file.add([row | cell for row in rows])
-        print(tabulate(file.records[-len(rows) :]), flush=True)
-    rows = file.records
-    (args.output / "latency.json").write_text(json.dumps([row | {"machine": machine()} for row in rows], indent=1))
+        measured = measure_latency(model, ways, batches, args.max_new_tokens, args.rounds)
+        about = {"base_model": args.base_model, "dtype": str(model.dtype), "versions": versions()}
+        about |= {"machine": machine()}
+        file.add([{"cell": cell, "rows": [row | cell | about for row in measured]}])
+        print(tabulate(file.records[-1]["rows"]), flush=True)
+    rows = [row for record in file.records for row in record["rows"]]
+    (args.output / "latency.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.output / "latency.md").write_text(tabulate(rows))
     plot(rows, args.output / "latency.png")
     print(f"Written: {args.output}/latency.json, .md, .png")
@@ -79,38 +91,40 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt_length", type=int, nargs="+", default=[64], help="tokens")
     parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
-    parser.add_argument("--n_prompts", type=int, default=8, help="of each cell, cut from the longest texts")
+    parser.add_argument("--n_prompts", type=int, default=8, help="of each cell, from the middle of texts")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--dtype", default="auto", help="of all models; default: as the base model was saved")
+    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
     parser.add_argument("--output", type=Path, required=True, help="folder for latency.json, .md, .png")
     return parser.parse_args()
 
 
-def load_drafter(path: str, model):
-    speculator = type(AutoConfig.from_pretrained(path)) in DRAFTERS
-    auto = AutoModel if speculator else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=model.dtype).eval().to(model.device)
-
-
 def tabulate(rows: list[dict]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    """Without the columns that no row fills."""
+    rows = [row | {"range": " to ".join(map(show, row.get("tokens_per_second_range", [])))} for row in rows]
+    columns = [column for column in COLUMNS if any(row.get(column) not in (None, "") for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        cells = [f"{row.get(c):.2f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in COLUMNS]
-        if "skipped" in row or "error" in row:
-            cells[4] = row.get("skipped") or row["error"].splitlines()[0][:100]
-        lines.append("| " + " | ".join(cells) + " |")
+        problem = row.get("skipped") or row.get("error", "").partition("\n")[0][:100]
+        cells = {column: show(row.get(column)) for column in columns} | ({"speedup": problem} if problem else {})
+        lines.append("| " + " | ".join(cells.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
+def show(value) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def plot(rows: list[dict], path: Path) -> None:
-    """Speed-up over each axis, the others at their first value, candidates at the fastest."""
+    """Speed-up over each axis, the others at their first value, the number of candidates at the fastest above 0."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
     first = {axis: rows[0][axis] for axis in AXES}
     done = [row for row in rows if "speedup" in row]
     for axes, axis in zip(panels, ("n_candidates", *AXES), strict=True):
         here = [row for row in done if all(row[key] == value for key, value in first.items() if key != axis)]
+        here = [row for row in here if axis == "n_candidates" or row.get("n_candidates") != 0]
         for method in dict.fromkeys(row["method"] for row in here):
             best = {}
             for row in (row for row in here if row["method"] == method and axis in row):

@@ -10,29 +10,28 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator.benchmarking import machine, versions
-from modeling_speculator.prompts import check_lengths, encode, pad_left, read_prompts
+from modeling_speculator.checks import main_device
+from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.prompts import encode, fitting_prompts, pad_left, read_prompts
 from modeling_speculator.quality import compare_greedy, compare_samples, sample
 
 
 def main() -> None:
     args = parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype).eval().to(device)
-    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
-    prompts = read_prompts(args.prompts, args.limit)
+    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
+    speculator = load_drafter(args.speculator, model)
+    read = read_prompts(args.prompts, args.limit)
+    prompts = fitting_prompts(read, tokenizer, model, args.max_new_tokens, args.chat, args.leave_out_long)
     rows = encode(prompts, [[] for _ in prompts], tokenizer, args.chat)
-    check_lengths(prompts, rows, model, args.max_new_tokens)
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": 0}
     warpers = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     greedy, plain, ours = [], [], []
     for first in tqdm(range(0, len(order), args.batch_size), unit="batch"):
         numbers = order[first : first + args.batch_size]
-        batch = [part.to(device) for part in pad_left([rows[number] for number in numbers])]
+        batch = [part.to(main_device(model)) for part in pad_left([rows[number] for number in numbers])]
         greedy += compare_greedy(model, speculator, *batch, **options)
         asked = [prompts[number] for number in numbers]
         for found, drafter in ((plain, None), (ours, speculator)):
@@ -45,6 +44,7 @@ def main() -> None:
             row.pop("score", None)
     report = {
         "prompts": len(prompts),
+        "prompts_left_out": len(read) - len(prompts),
         "identical_outputs": sum(row["identical"] for row in greedy),
         "differences": [row for row in greedy if not row["identical"]],
         "samples": len(plain),
@@ -78,7 +78,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
+    parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
     parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
+    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
     return parser.parse_args()
 
 

@@ -14,43 +14,43 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator.acceptance import measure_prompts, summarize
-from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.benchmarking import digest, machine, versions
 from modeling_speculator.configuration_mlp_speculator import DIALS
-from modeling_speculator.prompts import read_prompts
+from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.prompts import digest_of, fitting_prompts, read_prompts
 from modeling_speculator.records import RecordFile
 
 
 def main() -> None:
     args = parse_args()
-    prompts = read_prompts(args.prompts, args.limit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype).eval().to(device)
-    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
-    for dial in DIALS:
-        if getattr(args, dial) is not None:
-            setattr(speculator.config, dial, getattr(args, dial))
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
+    speculator = load_drafter(args.speculator, model)
+    dials = {dial: getattr(args, dial) for dial in DIALS if getattr(args, dial) is not None}
+    if "n_candidates" in dials:  # which counts where `n_tree_nodes` is not set
+        dials.setdefault("n_tree_nodes", None)
+    vars(speculator.config).update(dials)
+    read = read_prompts(args.prompts, args.limit)
+    prompts = fitting_prompts(read, tokenizer, model, args.max_new_tokens, args.chat, args.leave_out_long)
+    names = ("base_model", "speculator", "prompts", "max_new_tokens", "batch_size", "seed", "chat")
+    settings = {name: getattr(args, name) for name in names} | {"dtype": str(model.dtype)}
     settings |= {dial: getattr(speculator.config, dial) for dial in DIALS}
+    settings |= {"weights": [digest(model), digest(speculator)], "texts": digest_of(prompts)}
 
     modes = {"greedy": {"do_sample": False}}
     if args.temperature:
         warpers = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         modes["sampled"] = {"do_sample": True} | warpers
-    report = {}
+    report, n_predict = {}, speculator.config.n_predict
     for mode, options in modes.items():
-        file = RecordFile(args.output / f"{mode}.jsonl", settings)
+        file = RecordFile(args.output / f"{mode}.jsonl", settings | options)
         options |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         measure_prompts(model, speculator, tokenizer, prompts, file, chat=args.chat, seed=args.seed, **options)
         by_category = {}
         for record in file.records:
             by_category.setdefault(record["category"], []).append(record)
-        n_predict = speculator.config.n_predict
-        report[mode] = summarize(file.records, n_predict)
+        report[mode] = summarize(file.records, n_predict) | {"prompts_left_out": len(read) - len(prompts)}
         if len(by_category) > 1:
             report[mode]["categories"] = {name: summarize(rows, n_predict) for name, rows in by_category.items()}
     # At the top what is greedy, and beside it what is sampled.
@@ -70,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for acceptance.json, .md, .png")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, help="prompts, spread evenly; default: all")
+    parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sampled, too")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -77,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
     parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
+    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
     parser.add_argument("--n_candidates", type=int, help="dials; default: the speculator's own")
     parser.add_argument("--n_tree_nodes", type=int)
     parser.add_argument("--n_heads", type=int)
@@ -100,8 +102,9 @@ def tabulate(report: dict) -> str:
             cells.append(number(row["simulated_tokens_per_step"]))
             cells += [", ".join(map(number, row[key])) for key in ("accepted_per_position", "teacher_forced_accuracy")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for mode, figures in modes_of(report).items():
         if figures["partings"]:
-            lines.append(f"\n{mode}: simulation and generation part in {len(figures['partings'])} continuations.\n")
+            lines.append(f"\n{mode}: simulation and generation part in {len(figures['partings'])} continuations.")
     return "\n".join(lines) + "\n"
 
 

@@ -3,44 +3,53 @@
 python recipes/tune.py --base_model outputs/quickstart/base_model --speculator outputs/quickstart/speculator \\
     --prompts outputs/quickstart/corpus/held_out.jsonl --batch_size 1 2 4 8 --output outputs/tuning
 
-Measures what steps cost and what drafts yield, predicts the tokens per second of every choice, recommends the fastest,
-and runs it, to say how wrong the prediction was. --write puts the dials into the speculator's config.json.
+Measures what steps cost and what drafts yield, predicts the tokens per second of every choice, runs the fastest, to
+say how wrong the prediction was, and recommends the best of what was run. --write puts the dials into the speculator's
+config.json. Killed and run again, it goes on where it was.
 """
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_speculator.benchmarking import machine, versions
-from modeling_speculator.prompts import cut_prompts, read_prompts
+from modeling_speculator.benchmarking import digest, machine, versions
+from modeling_speculator.checks import main_device
+from modeling_speculator.configuration_mlp_speculator import DIALS
+from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
 from modeling_speculator.records import RecordFile
 from modeling_speculator.tuning import tune
+
+
+AXES = ("batch_size", "prompt_length")
 
 
 def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=args.dtype).eval().to(device)
-    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
-    texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in read_prompts(args.prompts)]
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "batch_size", "write")}
-    file = RecordFile(args.output / "tuning.jsonl", settings | {"machine": machine()})
-    for batch_size in args.batch_size:
-        if all(record["batch_size"] != batch_size for record in file.records):
+    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
+    speculator = load_drafter(args.speculator, model)
+    check_context(model, max(args.prompt_length) + args.max_new_tokens)
+    prompts = read_prompts(args.prompts)
+    texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in prompts]
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", *AXES, "write")}
+    settings |= {dial: getattr(speculator.config, dial) for dial in DIALS}
+    settings |= {"weights": [digest(model), digest(speculator)], "texts": digest_of(prompts)}
+    file = RecordFile(args.output / "tuning.jsonl", settings | {"machine": machine(with_date=False)})
+    loads = list(product(args.batch_size, args.prompt_length))
+    for batch_size, length in loads:
+        if (batch_size, length) not in {load_of(record) for record in file.records}:
             n_prompts = -(-args.n_prompts // batch_size) * batch_size
-            prompts = cut_prompts(texts, args.prompt_length, n_prompts).to(device)
-            file.add([tune(model, speculator, prompts, batch_size, args.max_new_tokens, args.rounds)])
-        show(next(record for record in file.records if record["batch_size"] == batch_size))
-    records = sorted(file.records, key=lambda record: record["batch_size"])
-    losing = [record["batch_size"] for record in records if best_speedup(record) <= 1]
-    print(f"Speculation pays off below a batch of {losing[0]}." if losing else "It pays off at all of these loads.")
+            rows = cut_prompts(texts, length, n_prompts, max(args.prompt_length), tokenizer.bos_token_id)
+            rows = rows.to(main_device(model))
+            file.add([tune(model, speculator, rows, batch_size, args.max_new_tokens, args.rounds)])
+        show(next(record for record in file.records if load_of(record) == (batch_size, length)))
+    records = [record for load in loads for record in file.records if load_of(record) == load]
     report = {"settings": settings, "loads": records, "versions": versions(), "machine": machine()}
     (args.output / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(records, args.output / "tuning.png")
@@ -57,23 +66,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
     parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1], help="loads to look at")
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens, cut from the middle of the prompts")
+    parser.add_argument("--prompt_length", type=int, nargs="+", default=[64], help="tokens, from the middle of texts")
     parser.add_argument("--n_prompts", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
+    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
     parser.add_argument("--output", type=Path, required=True, help="folder for tuning.json, .png")
     parser.add_argument("--write", action="store_true", help="put what is recommended into the speculator's config")
     args = parser.parse_args()
-    if args.write and (len(args.batch_size) > 1 or not Path(args.speculator).is_dir()):
-        parser.error("--write needs one --batch_size, and a speculator in a folder of yours.")
+    if args.write and (len(args.batch_size) * len(args.prompt_length) > 1 or not Path(args.speculator).is_dir()):
+        parser.error("--write needs one --batch_size and --prompt_length, and a speculator in a folder of yours.")
     return args
 
 
+def load_of(record: dict) -> tuple[int, int]:
+    return record["batch_size"], record["context"]
+
+
 def best_speedup(record: dict) -> float:
-    """Of what was measured; 1 where plain decoding is recommended."""
-    return record["verified"][0]["measured_speedup"] if record["recommended"]["n_candidates"] else 1.0
+    """Of what was measured, plain decoding included."""
+    return max(1.0, *(row["measured_speedup"] for row in record["verified"]))
 
 
 def show(record: dict) -> None:
@@ -85,18 +99,19 @@ def show(record: dict) -> None:
             f"  {dials(row):44}{row['tokens_per_second']:8.0f} tokens/s, {row['speedup']:.2f} x, "
             f"{row['tokens_per_step']:.2f} tokens per step ({row['break_even_tokens_per_step']:.2f} to break even)"
         )
-    for row, name in zip(record["verified"], ("recommended", "its own dials"), strict=False):
+    for row, name in zip(record["verified"], ("the first of these", "its own dials"), strict=False):
         print(
             f"Measured, {name}, {dials(row)}: {row['measured_tokens_per_second']:.0f} tokens/s, "
             f"{row['measured_speedup']:.2f} x; the prediction was off by {row['prediction_error']:+.1%}."
         )
+    print(f"Recommended: {dials(record['recommended'])}.")
 
 
 def dials(row: dict) -> str:
     if row["n_candidates"] == 0:
         return "no speculation"
     tree = f"n_tree_nodes={row['n_tree_nodes']}" if row["n_tree_nodes"] else f"n_candidates={row['n_candidates']}"
-    return tree + (f", n_heads={row['n_heads']}" if row["n_heads"] else "")
+    return f"{tree} of {row['top_k_tokens_per_head'][: row['n_heads']]}"
 
 
 def plot(records: list[dict], path: Path) -> None:
@@ -105,7 +120,7 @@ def plot(records: list[dict], path: Path) -> None:
         rows = [row for row in record["predictions"] if row["n_tree_nodes"] and row["n_heads"] is None]
         rows.sort(key=lambda row: row["n_tree_nodes"])
         points = [[row[key] for row in rows] for key in ("n_tree_nodes", "speedup")]
-        left.plot(*points, f"C{at}.-", label=f"batch {record['batch_size']}")
+        left.plot(*points, f"C{at}.-", label=f"batch {record['batch_size']}, context {record['context']}")
     left.set(xlabel="n_tree_nodes", ylabel="predicted, x generate")
     left.legend(fontsize="small")
     loads = [record["plain_tokens_per_second"] for record in records]

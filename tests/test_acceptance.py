@@ -176,7 +176,7 @@ def test_the_interval_is_over_prompts():
     turns = [record(n, [1, 1] if n % 2 else [3, 3], turn=turn) for n in range(20) for turn in range(10)]
     low, high = bootstrap_interval(turns)
     assert high - low > 0.7
-    assert bootstrap_interval([record(0, [2, 2])]) == [2.0, 2.0]
+    assert bootstrap_interval([record(0, [2, 2])]) is None
 
 
 def test_an_interrupted_measurement_goes_on(llama, speculator, tmp_path):
@@ -227,5 +227,8 @@ def test_the_command(saved, tmp_path):
     }  # fmt: skip
     again = run(saved, tmp_path / "out", "--prompts", tmp_path / "p.jsonl", "--temperature", 1)
     assert "was measured with n_candidates=2, not n_candidates=3" in again.stderr
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    again = run(saved, tmp_path / "out", "--prompts", tmp_path / "p.jsonl", "--n_candidates", 2)
+    assert "was measured with texts=" in again.stderr
     wrong = run(saved, tmp_path / "other", "--prompts", tmp_path / "missing.jsonl")
     assert "there is no such file" in wrong.stderr

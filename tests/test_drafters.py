@@ -10,6 +10,7 @@ from trainings import arguments, rows
 from transformers import AutoModel, GenerationConfig
 
 from modeling_speculator import MedusaConfig, MedusaModel, MLPSpeculatorConfig, drafters, modeling_medusa
+from modeling_speculator.families import output_logits
 from modeling_speculator.modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
 from modeling_speculator.trainers import ModelArguments, SpeculatorTrainer, load_or_create_speculator
 
@@ -123,6 +124,16 @@ def test_a_recipe_trains_one(tmp_path, llama, method):
     assert [key for key, value in model.state_dict().items() if torch.equal(value, before[key])] == []
     for head in (1, 2, 3):
         assert trained[f"eval_accuracy_head_{head}"] > untrained[f"eval_accuracy_head_{head}"] + 0.3
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "cohere", "gpt_bigcode"])
+def test_medusa_heads_start_as_the_lm_head_of_every_family(family):
+    model = tiny_model(family)
+    heads = load_or_create_speculator(ModelArguments(base_model="here", method="medusa"), model)
+    with torch.no_grad():
+        hidden_states = torch.randn(1, 2, model.config.hidden_size)
+        logits = heads(hidden_states, torch.zeros(1, 4, dtype=torch.long)).logits
+        torch.testing.assert_close(logits[0], output_logits(model, hidden_states))
 
 
 def test_a_drafter_of_ones_own(request, llama):

@@ -88,12 +88,45 @@ def test_tokens_per_step_are_those_of_the_statistics(llama):
 
 
 def test_dials(llama, drafters):
-    """As many children of the root as it takes to have so many leaves."""
-    methods = expand_methods(["speculator"], llama, drafters, n_candidates=[0, 5, 30, 31])
-    assert [method.dials["top_k_tokens_per_head"] for method in methods] == [[5, 3, 2]] * 3 + [[6, 3, 2]]
-    rows = measure_latency(llama, methods, batches(rows=1), 6, rounds=1)
-    assert [row["n_candidates"] for row in rows] == [0, 5, 30, 31]
-    assert all("error" not in row for row in rows)
+    """As many children of the root as it takes to have so many leaves; the drafter's own are left as they were."""
+    for _ in range(2):
+        methods = expand_methods(["speculator"], llama, drafters, n_candidates=[0, 5, 30, 31])
+        assert [method.dials["top_k_tokens_per_head"] for method in methods] == [[5, 3, 2]] * 3 + [[6, 3, 2]]
+        rows = measure_latency(llama, methods, batches(rows=1), 6, rounds=1)
+        assert [row["n_candidates"] for row in rows] == [0, 5, 30, 31]
+        assert all("error" not in row and "speedup" not in row for row in rows)
+    (own,) = expand_methods(["speculator"], llama, drafters)
+    assert (own.dials["n_candidates"], own.dials["top_k_tokens_per_head"]) == (5, [5, 3, 2])
+
+
+def test_a_method_that_fails_later_is_a_row(llama, drafters, monkeypatch):
+    generate, calls = llama.generate, []
+
+    def fails_at_last(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:  # warmed up: 2 runs of each, then 2 timed ones of the first
+            raise RuntimeError("out of memory")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(llama, "generate", fails_at_last)
+    methods = expand_methods(["generate", "speculator"], llama, drafters)
+    plain, failed = measure_latency(llama, methods, batches(rows=1)[:1], 6, rounds=1)
+    assert plain["speedup"] == 1
+    assert failed["error"] == "RuntimeError: out of memory"
+
+
+def test_steps_of_transformers_own_are_those_that_it_streams(llama):
+    """A draft model that is the base model is always right, and a step emits one token more than it has drafted."""
+    draft_model = tiny_model("llama")
+    draft_model.generation_config.num_assistant_tokens = 3
+    draft_model.generation_config.num_assistant_tokens_schedule = "constant"
+    draft_model.generation_config.assistant_confidence_threshold = 0.0
+    (method,) = expand_methods(["tiny"], llama, {"tiny": draft_model})
+    assert method.is_stock and method.reason is None
+    (row,) = measure_latency(llama, [method], batches(rows=1), 16, rounds=1)
+    assert "error" not in row, row
+    assert row["tokens_per_step"] == 4
+    assert row["first_token_ms"] > 0
 
 
 def test_a_method_that_fails_is_a_row(llama, drafters):
@@ -133,11 +166,17 @@ def test_the_command(tmp_path, drafters):
         return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
     done = run("--prompt_length", 4, 20)
-    assert "Only 0 of 3 prompts have 20 tokens, where 2 are needed" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "Only 0 of 3 prompts have 20 tokens" in (tmp_path / "out/latency.md").read_text()
+    measured = (tmp_path / "out/latency.jsonl").read_text()
     done = run("--prompt_length", 4, 8)  # goes on after the cells of 4
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "out/latency.json").read_text())
-    expected = {"method", "batch_size", "prompt_length", "machine"}
+    assert (tmp_path / "out/latency.jsonl").read_text().startswith(measured)
+    every = json.loads((tmp_path / "out/latency.json").read_text())
+    failed = [row for row in every if row["prompt_length"] == 20]
+    assert len(failed) == 8 and all("error" in row for row in failed)
+    rows = [row for row in every if row["prompt_length"] != 20]
+    expected = {"method", "batch_size", "prompt_length", "machine", "base_model"}
     assert all(expected <= row.keys() for row in rows)
     measured = [row for row in rows if row["method"] != "prompt_lookup"]
     more = {"tokens_per_second", "tokens_per_step", "speedup"}

@@ -7,7 +7,17 @@ import datasets
 import pytest
 from tiny_models import character_tokenizer, tiny_model
 
-from modeling_speculator.prompts import Prompt, check_lengths, encode, pad_left, read_prompts
+from modeling_speculator.prompts import (
+    Prompt,
+    check_context,
+    cut_prompts,
+    digest_of,
+    encode,
+    fitting_prompts,
+    pad_left,
+    read_prompts,
+    too_long,
+)
 
 
 def write(path, *rows):
@@ -22,7 +32,7 @@ def test_forms(tmp_path):
         {"question_id": 2, "category": "rag", "turns": ["c"], "reference": ["d"]},
         {"task_id": "HumanEval/0", "prompt": "def f():", "canonical_solution": "x", "test": "y", "entry_point": "f"},
         {"question": "1 + 1?", "answer": "#### 2"},
-        {"prompt": "e", "category": "mine"},
+        {"task_id": 11, "prompt": "e", "category": "mine"},
         {"prompt": "f"},
     )
     assert [(prompt.turns, prompt.category, prompt.reference) for prompt in read_prompts(file)] == [
@@ -45,7 +55,14 @@ def test_plain_text_and_a_dataset(tmp_path):
     datasets.Dataset.from_dict({"prompt": ["x", "y"]}).to_parquet(tmp_path / "data/test-0.parquet")
     assert [prompt.turns for prompt in read_prompts(str(tmp_path / "data"))] == [("x",), ("y",)]
     with pytest.raises(ValueError, match="validation"):
-        read_prompts(f"{tmp_path / 'data'}:validation")
+        read_prompts(f"{tmp_path / 'data'}::validation")
+    for config in ("main", "other"):
+        (tmp_path / "two" / config).mkdir(parents=True)
+        rows = datasets.Dataset.from_dict({"question": [config], "answer": ["1"]})
+        rows.to_parquet(tmp_path / "two" / config / "train-0.parquet")
+    configs = "".join(f"- config_name: {config}\n  data_files: {config}/*\n" for config in ("main", "other"))
+    (tmp_path / "two/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [prompt.turns for prompt in read_prompts(f"{tmp_path / 'two'}:other:train")] == [("other",)]
 
 
 def test_a_limit_is_spread_evenly(tmp_path):
@@ -109,13 +126,31 @@ def test_turns_and_answers():
 
 
 def test_lengths():
-    prompts = [Prompt("a.txt, line 1", ("x",)), Prompt("a.txt, line 7", ("y",))]
-    model = tiny_model("llama")
-    limit = model.config.max_position_embeddings
-    check_lengths(prompts, [[1] * (limit - 5), [1]], model, 5)
-    with pytest.raises(ValueError, match=f"line 7: a prompt of {limit - 4} tokens and 5 new ones"):
-        check_lengths(prompts, [[1], [1] * (limit - 4)], model, 5)
-    with pytest.raises(ValueError, match="line 7: a prompt of no tokens"):
-        check_lengths(prompts, [[1], []], model, 5)
+    prompts = [Prompt("a.txt, line 1", ("a",)), Prompt("a.txt, line 7", ("a" * 130,)), Prompt("", ("bc",))]
+    model, tokenizer = tiny_model("llama"), character_tokenizer(eos_token="z")
+    model.config.max_position_embeddings = 128
+    assert too_long(prompts[0], [1] * 123, model, 5) is None
+    assert "line 1: a prompt of 124 tokens and 5 new" in too_long(prompts[0], [1] * 124, model, 5)
+    assert "line 1: a prompt of no tokens" in too_long(prompts[0], [], model, 5)
+    with pytest.raises(ValueError, match="line 7: a prompt of 130 tokens"):
+        fitting_prompts(prompts, tokenizer, model, 5, chat=False, leave_out=False)
+    assert fitting_prompts(prompts, tokenizer, model, 5, chat=False, leave_out=True) == [prompts[0], prompts[2]]
+    with pytest.raises(ValueError, match="line 7"):
+        fitting_prompts(prompts[1:2], tokenizer, model, 5, chat=False, leave_out=True)
+    check_context(model, 128)
+    with pytest.raises(ValueError, match="129 in all, are more than the 128 positions"):
+        check_context(model, 129)
     input_ids, mask = pad_left([[1, 2, 3], [4]], 9)
     assert (input_ids.tolist(), mask.tolist()) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])
+    assert digest_of(prompts) != digest_of(prompts[:2])
+
+
+def test_prompts_cut_from_texts():
+    """Of every length from the same texts, up to the same token; what begins a text begins its prompts."""
+    texts = [[0, *range(10, 20)], [*range(30, 41)], [1, 2]]
+    assert cut_prompts(texts, 4, 2).tolist() == [[12, 13, 14, 15], [33, 34, 35, 36]]
+    assert cut_prompts(texts, 4, 2, bos_token_id=0).tolist() == [[0, 13, 14, 15], [33, 34, 35, 36]]
+    assert cut_prompts(texts, 8, 2, longest=8)[:, -4:].tolist() == cut_prompts(texts, 4, 2, longest=8).tolist()
+    assert cut_prompts(texts, 2, 3).shape == (3, 2)
+    with pytest.raises(ValueError, match="Only 2 of 3 prompts have 4 tokens, where 3 are needed"):
+        cut_prompts(texts, 4, 3)

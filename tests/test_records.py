@@ -27,6 +27,7 @@ def test_a_line_that_was_cut_off(tmp_path):
 
 
 def test_other_settings(tmp_path):
-    RecordFile(tmp_path / "a.jsonl", {"k": 1, "same": 0})
+    RecordFile(tmp_path / "a.jsonl", {"k": 0})  # nothing was measured with these
+    RecordFile(tmp_path / "a.jsonl", {"k": 1, "same": 0}).add([{}])
     with pytest.raises(ValueError, match="was measured with k=1, not k=2. Take another folder"):
         RecordFile(tmp_path / "a.jsonl", {"k": 2, "same": 0})

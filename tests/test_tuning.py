@@ -58,6 +58,8 @@ def test_the_grid(speculator):
     assert {row["n_heads"] for row in dials} == {None, 1, 2}
     assert len({json.dumps(row) for row in dials}) == len(dials)
     assert {dial: getattr(speculator.config, dial) for dial in DIALS} in dials
+    speculator.config.n_candidates = 7  # which is no round number
+    assert {dial: getattr(speculator.config, dial) for dial in DIALS} in grid(speculator.config)
     for row in dials:
         speculator.config.check_dials(*(row[dial] for dial in DIALS))
 
@@ -96,17 +98,17 @@ def test_yields_are_generates(llama, texts, speculator, dials):
     assert texts.nodes(speculator, 6) >= texts.nodes(speculator, 1)
 
 
-def test_predictions(llama, texts, speculator):
+def test_predictions(texts, speculator):
     """By costs that are made up: all that counts is nodes, or nothing at all."""
     before = {dial: getattr(speculator.config, dial) for dial in DIALS}
-    most, *others = predict(llama, speculator, texts, 1, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
+    most, *others = predict(speculator, texts, 1, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
     assert most["tokens_per_step"] == max(row["tokens_per_step"] for row in [most, *others])
     assert most["speedup"] == pytest.approx(most["tokens_per_step"])
-    fewest, *_ = predict(llama, speculator, texts, 1, StepCost(0.0, 1.0, 0.0, 0.0), plain_ms=1.0)
+    fewest, *_ = predict(speculator, texts, 1, StepCost(0.0, 1.0, 0.0, 0.0), plain_ms=1.0)
     assert fewest["n_candidates"] == 0
     assert fewest["speedup"] == pytest.approx(1) and fewest["tokens_per_step"] == 1
     # In a batch all wait for the slowest row.
-    together, *_ = predict(llama, speculator, texts, 6, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
+    together, *_ = predict(speculator, texts, 6, StepCost(1.0, 0.0, 0.0, 0.0), plain_ms=1.0)
     assert 1 < together["speedup"] < most["speedup"]
     assert together["tokens_per_second"] > most["tokens_per_second"]
     assert {dial: getattr(speculator.config, dial) for dial in DIALS} == before
@@ -136,9 +138,16 @@ def test_the_command(tmp_path, speculator):
     written = MLPSpeculatorConfig.from_pretrained(tmp_path / "speculator")
     assert {dial: getattr(written, dial) for dial in DIALS} == load["recommended"]
     MLPSpeculatorPreTrainedModel.from_pretrained(tmp_path / "speculator")
+    fastest = max(load["verified"], key=lambda row: row["measured_speedup"])
+    if fastest["measured_speedup"] > 1:
+        assert all(fastest[dial] == value for dial, value in load["recommended"].items())
+    else:
+        assert load["recommended"]["n_candidates"] == 0
     done = run("--batch_size", 1, 2, "--output", tmp_path / "two", "--write")
     assert "--write needs one --batch_size" in done.stderr
+    speculator.save_pretrained(tmp_path / "speculator")
     done = run("--batch_size", 1, 2, "--output", tmp_path / "out")  # goes on after a batch of 1
     assert "was measured with" not in done.stderr and done.returncode == 0, done.stderr
     loads = json.loads((tmp_path / "out/tuning.json").read_text())["loads"]
     assert [load["batch_size"] for load in loads] == [1, 2]
+    assert loads[0] == load

@@ -1,7 +1,6 @@
 """Where weights come from: what was trained, on what, with what, for how long."""
 
 import dataclasses
-import hashlib
 import json
 import subprocess
 from importlib import metadata
@@ -11,7 +10,7 @@ import huggingface_hub
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..benchmarking import machine
+from ..benchmarking import digest, machine
 
 
 FILE = "provenance.json"
@@ -43,15 +42,6 @@ def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculato
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "machine": machine() | {"gpus": torch.cuda.device_count()},
     }
-
-
-def digest(model: PreTrainedModel) -> str:
-    """Of names, shapes, dtypes and the first numbers of a model's weights, to tell others apart; of whole weights."""
-    found = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        first = weight.detach().flatten()[:16].float().tolist() if weight.device.type != "meta" else []
-        found.update(json.dumps([name, list(weight.shape), str(weight.dtype), first]).encode())
-    return found.hexdigest()[:16]
 
 
 def _is_telling(key: str, value, args: TrainingArguments) -> bool:
