@@ -5,6 +5,7 @@ python recipes/plot_sweep.py outputs/sweeps/heads/results.json
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -22,6 +23,9 @@ def main() -> None:
     show(by_variant)
     plot_tokens_per_step(by_variant, path.with_name(f"{path.stem}_tokens_per_step.png"))
     plot_losses(by_variant, path.with_name(f"{path.stem}_losses.png"))
+    by_heads = {rows[0]["n_predict"]: rows for name, rows in by_variant.items() if re.fullmatch(r"\d+ heads?", name)}
+    if len(by_heads) > 1:
+        plot_heads(by_heads, path.with_name(f"{path.stem}_by_heads.png"))
 
 
 def show(by_variant: dict[str, list[dict]]) -> None:
@@ -66,6 +70,18 @@ def plot_tokens_per_step(by_variant: dict[str, list[dict]], path: Path) -> None:
     axes.set_xlabel("tokens per step on held-out prompts")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    print(f"Written: {path}")
+
+
+def plot_heads(by_heads: dict[int, list[dict]], path: Path) -> None:
+    """Tokens per step over the number of heads."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name in ("greedy", "sampled"):
+        points = sorted((heads, statistics.mean(row[name] for row in rows)) for heads, rows in by_heads.items())
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set(xlabel="heads", ylabel="tokens per step on held-out prompts", ylim=(1, None))
+    axes.legend()
     figure.savefig(path, dpi=150)
     print(f"Written: {path}")
 

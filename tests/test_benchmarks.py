@@ -92,7 +92,7 @@ def test_benchmark_loss(run):
 
 
 def test_sweep(tmp_path):
-    """Two variants, two steps a stage; what is there is not trained again."""
+    """Three variants, few steps a stage; what is there is not trained again."""
     base_model, corpus, output = (tmp_path / name for name in ("base_model", "corpus", "output"))
     tiny_model("llama").save_pretrained(base_model)
     words = [f"w{n}" for n in range(VOCAB)]
@@ -102,8 +102,9 @@ def test_sweep(tmp_path):
         text = " ".join(random.Random(n).choices(words, k=n))
         (corpus / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
     one_head = {"new": {"n_predict": 1, "top_k_tokens_per_head": [5]}}
-    variants = {"one head": one_head, "stage 2 only": {"steps": [0, 3]}}
-    variants["one head, noise"] = one_head | {"stage2": {"hidden_state_noise": 0.1}}
+    stage_2_only = {"steps": [0, 3], "new": {"n_predict": 2, "top_k_tokens_per_head": [5, 3]}}
+    variants = {"1 head": one_head, "2 heads": stage_2_only}
+    variants["1 head, noise"] = one_head | {"stage2": {"hidden_state_noise": 0.1}}
     sweep = {"steps": [2, 2], "seeds": [0], "variants": variants}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     flags = ["--variants", tmp_path / "sweep.yaml", "--base_model", base_model, "--corpus", corpus]
@@ -112,13 +113,13 @@ def test_sweep(tmp_path):
     for _ in range(2):
         done = subprocess.run(map(str, command), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "| stage 2 only | 1." in done.stdout
+        assert "| 2 heads | 1." in done.stdout
         times.append({path: path.stat().st_mtime for path in output.rglob("model.safetensors")})
     assert len(times[0]) == 5
     assert times[0] == times[1]
     weights = {path.relative_to(output).as_posix(): load_file(path)["speculator.emb.0.weight"] for path in times[0]}
     same, other = (
-        [weights[f"{name}-0/stage{stage}/model.safetensors"] for name in ("one_head", "one_head,_noise")]
+        [weights[f"{name}-0/stage{stage}/model.safetensors"] for name in ("1_head", "1_head,_noise")]
         for stage in (1, 2)
     )
     assert torch.equal(*same)  # trained once, copied
@@ -127,4 +128,5 @@ def test_sweep(tmp_path):
     assert [row["variant"] for row in report["rows"]] == list(variants)
     assert report["rows"][0]["n_predict"] == 1
     assert report["rows"][0]["losses"].keys() == {"stage1", "stage2"}
-    assert {path.name for path in output.glob("*.png")} == {"results_tokens_per_step.png", "results_losses.png"}
+    plots = {path.name for path in output.glob("*.png")}
+    assert plots == {"results_tokens_per_step.png", "results_losses.png", "results_by_heads.png"}
