@@ -1,7 +1,8 @@
 """Trains a tokenizer and a small Llama on text.
 
 python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir base_model
-python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir draft --num_hidden_layers 1
+python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir draft_model \\
+    --num_hidden_layers 1
 """
 
 import argparse
@@ -24,7 +25,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=800)
-    parser.add_argument("--num_hidden_layers", type=int, default=4, help="1: a draft model for the one of 4")
+    # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
+    parser.add_argument("--num_hidden_layers", type=int, default=10)
+    parser.add_argument("--hidden_size", type=int, default=192)
     args = parser.parse_args()
     set_seed(0)
     tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
@@ -34,10 +37,10 @@ def main() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=672,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.hidden_size * 21 // 8,
             num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=8,
+            num_attention_heads=args.hidden_size // 32,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
             bos_token_id=None,
