@@ -73,8 +73,9 @@ def test_shipped_recipes(tmp_path, target):
         assert memory < 75  # of 80
 
 
-def test_the_quickstarts_recipes(tmp_path):
-    config = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=672, num_hidden_layers=4)
+def test_the_quickstarts_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no quickstart has left its speculator
+    config = LlamaConfig(vocab_size=2048, hidden_size=192, intermediate_size=504, num_hidden_layers=10)
     config.save_pretrained(tmp_path)
     for stage in (1, 2):
         report = dry_run(["--config", str(RECIPES / f"quickstart/stage{stage}.yaml"), "--base_model", str(tmp_path)])
