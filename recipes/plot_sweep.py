@@ -69,7 +69,7 @@ def plot_tokens_per_step(by_variant: dict[str, list[dict]], path: Path) -> None:
     axes.set_yticks([-at for at in range(len(by_variant))], by_variant)
     axes.set_xlabel("tokens per step on held-out prompts")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.savefig(path, dpi=150)
     print(f"Written: {path}")
 
