@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from tqdm import tqdm
@@ -30,12 +30,11 @@ def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: 
     """
     runs = [_Runs(model, method, batches, new_tokens) for method in methods]
     model._previous_max_cache_length = -1  # else `generate` makes static caches as large as any before
-    with _endless(model):
-        for run in tqdm(runs, desc="warm-up", leave=False):
-            run.attempt(run.warm_up)
-        for _ in range(rounds):
-            for run in runs:
-                run.attempt(run.time)
+    for run in tqdm(runs, desc="warm-up", leave=False):
+        run.attempt(run.warm_up)
+    for _ in range(rounds):
+        for run in runs:
+            run.attempt(run.time)
     plain = next((run for run in runs if run.method.name == "generate"), None)
     return [run.row(plain) for run in runs]
 
@@ -96,7 +95,7 @@ class _Runs:
     def generate(self, new_tokens: int) -> tuple[list, list["_Clock"]]:
         """One run over all batches: the outputs of `generate`, and of transformers' assisted generation its steps."""
         method, outputs, clocks = self.method, [], []
-        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         if "cache_implementation" in method.options:  # of one size, so that nothing is compiled twice
             options["max_cache_len"] = max(ids.shape[1] for ids, _ in self.batches) + self.new_tokens
         with turned(method.drafter, method.dials) if method.drafter is not None else nullcontext():
@@ -149,14 +148,3 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-@contextmanager
-def _endless(model) -> Iterator[None]:
-    """Takes the base model's end of text away, so that every run generates as many tokens."""
-    config = model.generation_config
-    eos_token_id, config.eos_token_id = config.eos_token_id, None
-    try:
-        yield
-    finally:
-        config.eos_token_id = eos_token_id
