@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .losses import LOSSES
+from .losses import DISTRIBUTION_LOSSES, LOSSES
 
 
 @dataclass
@@ -154,6 +154,11 @@ class SpeculatorTrainingArguments(TrainingArguments):
         if unknown or not self.loss:
             raise ValueError(f"`loss` must name one or more of {', '.join(LOSSES)}, but is {self.loss}.")
         self.weights_of("loss_weights", len(self.loss))
+        if (self.target_temperature, self.target_top_k) != (1.0, None) and not DISTRIBUTION_LOSSES.keys() & self.loss:
+            raise ValueError(
+                f"`target_temperature` and `target_top_k` are for the losses {', '.join(DISTRIBUTION_LOSSES)}, but "
+                f"`loss` is {self.loss}: name one of those, or drop the target's settings."
+            )
         for name, low, high in (
             ("unrolled_share", 0, 1),
             ("hidden_state_noise", 0, math.inf),
