@@ -198,6 +198,17 @@ def summarize(records: list[dict], n_predict: int) -> dict:
     }
 
 
+def summarize_categories(records: list[dict], n_predict: int) -> dict:
+    """`summarize`, and where there are several categories, `categories`: the same of each."""
+    by_category = {}
+    for record in records:
+        by_category.setdefault(record["category"], []).append(record)
+    figures = summarize(records, n_predict)
+    if len(by_category) > 1:
+        figures["categories"] = {name: summarize(rows, n_predict) for name, rows in by_category.items()}
+    return figures
+
+
 def bootstrap_interval(records: list[dict], level: float = 0.95, seed: int = 0) -> list[float] | None:
     """Of tokens per step, by drawing prompts with replacement (percentiles of 2,000 draws).
 

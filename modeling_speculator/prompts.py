@@ -26,12 +26,14 @@ class Prompt:
     turns: what the user says, one after another; the model answers each.
     category: task that it belongs to, "" if unknown.
     reference: what a right answer ends with, where one is known.
+    token_ids: of the first turn, where it was cut from a longer text; else the tokenizer's.
     """
 
     where: str
     turns: tuple[str, ...]
     category: str = ""
     reference: str | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
@@ -115,7 +117,9 @@ def encode(
     for prompt, given in zip(prompts, answers, strict=True):
         said = [text for pair in zip(prompt.turns, given, strict=False) for text in pair]
         said.append(prompt.turns[len(given)])
-        if chat:
+        if prompt.token_ids is not None:
+            rows.append(list(prompt.token_ids))
+        elif chat:
             messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
             rows.append(
                 tokenizer.apply_chat_template(
@@ -168,7 +172,8 @@ def check_context(model: PreTrainedModel, n_tokens: int) -> None:
 
 def digest_of(prompts: list[Prompt]) -> str:
     """To tell prompts from others."""
-    return hashlib.sha256(json.dumps([prompt.turns for prompt in prompts]).encode()).hexdigest()[:16]
+    said = [[prompt.turns, prompt.token_ids] for prompt in prompts]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def pad_left(rows: Sequence[list[int]], pad_token_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,3 +207,29 @@ def cut_prompts(
     if len(rows) < n:
         raise ValueError(f"Only {len(rows)} of {len(texts)} prompts have {longest} tokens, where {n} are needed.")
     return torch.tensor([rows[at * len(rows) // n] for at in range(n)])
+
+
+def prompts_of_lengths(
+    prompts: list[Prompt], lengths: list[int], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[Prompt]:
+    """Prompts of each of some lengths, in tokens, cut from those that are long enough; their category is their length.
+
+    Those of all lengths end at the same tokens, so that the same is to be continued.
+
+    Args:
+        limit: of each length at most, spread evenly.
+
+    Raises:
+        ValueError: if no prompt is as long as the longest.
+    """
+    texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in prompts]
+    long = sum(len(text) >= max(lengths) for text in texts)
+    if not long:
+        raise ValueError(f"No prompt has {max(lengths)} tokens: the longest has {max(map(len, texts))}.")
+    cut = []
+    for length in lengths:
+        rows = cut_prompts(texts, length, min(limit or long, long), max(lengths), tokenizer.bos_token_id).tolist()
+        for row in rows:
+            where = f"a prompt cut to {length} tokens"
+            cut.append(Prompt(where, (tokenizer.decode(row),), f"{length} tokens", token_ids=tuple(row)))
+    return cut

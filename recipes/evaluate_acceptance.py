@@ -15,11 +15,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from modeling_speculator.acceptance import measure_prompts, summarize
+from modeling_speculator.acceptance import measure_prompts, summarize_categories
 from modeling_speculator.benchmarking import digest, machine, versions
 from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.loading import load_base_model, load_drafter
-from modeling_speculator.prompts import digest_of, fitting_prompts, read_prompts
+from modeling_speculator.prompts import digest_of, fitting_prompts, prompts_of_lengths, read_prompts
 from modeling_speculator.records import RecordFile
 
 
@@ -31,7 +31,9 @@ def main() -> None:
     if "n_candidates" in dials:  # which counts where `n_tree_nodes` is not set
         dials.setdefault("n_tree_nodes", None)
     vars(speculator.config).update(dials)
-    read = read_prompts(args.prompts, args.limit)
+    read = read_prompts(args.prompts, None if args.prompt_length else args.limit)
+    if args.prompt_length:
+        read = prompts_of_lengths(read, args.prompt_length, tokenizer, args.limit)
     prompts = fitting_prompts(read, tokenizer, model, args.max_new_tokens, args.chat, args.leave_out_long)
     names = ("base_model", "speculator", "prompts", "max_new_tokens", "batch_size", "seed", "chat")
     settings = {name: getattr(args, name) for name in names} | {"dtype": str(model.dtype)}
@@ -47,18 +49,17 @@ def main() -> None:
         file = RecordFile(args.output / f"{mode}.jsonl", settings | options)
         options |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         measure_prompts(model, speculator, tokenizer, prompts, file, chat=args.chat, seed=args.seed, **options)
-        by_category = {}
-        for record in file.records:
-            by_category.setdefault(record["category"], []).append(record)
-        report[mode] = summarize(file.records, n_predict) | {"prompts_left_out": len(read) - len(prompts)}
-        if len(by_category) > 1:
-            report[mode]["categories"] = {name: summarize(rows, n_predict) for name, rows in by_category.items()}
+        report[mode] = summarize_categories(file.records, n_predict)
+        report[mode]["prompts_left_out"] = len(read) - len(prompts)
     # At the top what is greedy, and beside it what is sampled.
     report = report.pop("greedy") | report | {"settings": settings, "versions": versions(), "machine": machine()}
     (args.output / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")
     table = tabulate(report)
     (args.output / "acceptance.md").write_text(table)
     plot(report, args.output / "acceptance.png")
+    lengths = [n for n in sorted({*args.prompt_length}) if f"{n} tokens" in report.get("categories", {})]
+    if lengths:
+        plot_lengths(report, lengths, args.output / "acceptance_by_length.png")
     print(f"\n{table}\nWritten: {args.output}/acceptance.json, .md, .png")
 
 
@@ -71,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, help="prompts, spread evenly; default: all")
     parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
+    parser.add_argument("--prompt_length", type=int, nargs="+", default=[], help="tokens that prompts are cut to")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sampled, too")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -123,6 +125,21 @@ def plot(report: dict, path: Path) -> None:
     axes.set(xlabel="drafted token, head", ylabel="share of steps, of positions", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_lengths(report: dict, lengths: list[int], path: Path) -> None:
+    """Tokens per step over the length of prompts, with their intervals."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for mode, row in modes_of(report).items():
+        rows = [row["categories"][f"{length} tokens"] for length in lengths]
+        intervals = [row["tokens_per_step_interval"] or [row["tokens_per_step"]] * 2 for row in rows]
+        axes.fill_between(lengths, *zip(*intervals, strict=True), alpha=0.2)
+        axes.plot(lengths, [row["tokens_per_step"] for row in rows], ".-", label=mode)
+    axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="tokens per step")
+    axes.set_xticks(lengths, lengths)
+    axes.minorticks_off()
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 

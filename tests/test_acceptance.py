@@ -230,5 +230,14 @@ def test_the_command(saved, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
     again = run(saved, tmp_path / "out", "--prompts", tmp_path / "p.jsonl", "--n_candidates", 2)
     assert "was measured with texts=" in again.stderr
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abcdef", "bcdefg")))
+    cut = run(saved, tmp_path / "cut", "--prompts", tmp_path / "long.jsonl", "--prompt_length", 2, 5)
+    assert cut.returncode == 0, cut.stderr
+    assert (tmp_path / "cut/acceptance_by_length.png").is_file()
+    report = json.loads((tmp_path / "cut/acceptance.json").read_text())
+    assert {name: figures["prompts"] for name, figures in report["categories"].items()} == {
+        "2 tokens": 2,
+        "5 tokens": 2,
+    }
     wrong = run(saved, tmp_path / "other", "--prompts", tmp_path / "missing.jsonl")
     assert "there is no such file" in wrong.stderr

@@ -15,6 +15,7 @@ from modeling_speculator.prompts import (
     encode,
     fitting_prompts,
     pad_left,
+    prompts_of_lengths,
     read_prompts,
     too_long,
 )
@@ -154,3 +155,17 @@ def test_prompts_cut_from_texts():
     assert cut_prompts(texts, 2, 3).shape == (3, 2)
     with pytest.raises(ValueError, match="Only 2 of 3 prompts have 4 tokens, where 3 are needed"):
         cut_prompts(texts, 4, 3)
+
+
+def test_prompts_of_several_lengths():
+    tokenizer = character_tokenizer()
+    texts = ["abcdefghijkl", "abc", "mnopqrstuv", "bcdefghijk"]
+    prompts = [Prompt(f"line {number}", (text,)) for number, text in enumerate(texts)]
+    cut = prompts_of_lengths(prompts, [2, 8], tokenizer, limit=2)
+    assert [prompt.category for prompt in cut] == ["2 tokens", "2 tokens", "8 tokens", "8 tokens"]
+    rows = encode(cut, [[] for _ in cut], tokenizer)
+    assert [len(row) for row in rows] == [2, 2, 8, 8]
+    assert rows[0] == rows[2][-2:] == tokenizer("ij")["input_ids"] and rows[1] == rows[3][-2:]
+    assert len(prompts_of_lengths(prompts, [2, 8], tokenizer)) == 6
+    with pytest.raises(ValueError, match="No prompt has 13 tokens: the longest has 12"):
+        prompts_of_lengths(prompts, [2, 13], tokenizer)
