@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .benchmarking import synchronize
 from .drafters import turned
+from .evaluation import distinct_ngrams, loops
 from .methods import Method
 
 
@@ -26,7 +27,8 @@ def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: 
         methods: of `expand_methods`; plain `generate`, which the others are compared with, among them.
 
     Returns:
-        A row a method: medians over the rounds, and their spread.
+        A row a method: medians over the rounds, and their spread; how many of the texts loop, which flatters every
+        drafter.
     """
     runs = [_Runs(model, method, batches, new_tokens) for method in methods]
     model._previous_max_cache_length = -1  # else `generate` makes static caches as large as any before
@@ -114,7 +116,8 @@ class _Runs:
         row = {"method": self.method.name} | self.method.dials | self.problem
         if self.problem:
             return row
-        n_rows = sum(len(ids) for ids, _ in self.batches)
+        n_rows = len(self.texts)
+        written = self.texts[:, -self.new_tokens :].tolist()
         rates = [n_rows * self.new_tokens / seconds for seconds in self.whole]
         after = [1000 * (whole - first) for whole, first in zip(self.whole, self.first, strict=True)]
         row |= self.figures | {
@@ -122,6 +125,8 @@ class _Runs:
             "tokens_per_second_range": [min(rates), max(rates)],
             "first_token_ms": 1000 * statistics.median(self.first) / len(self.batches),
             "ms_per_token": statistics.median(after) / max(1, self.left),
+            "looping": sum(map(loops, written)),
+            "distinct_4grams": statistics.median(distinct_ngrams(text, 4) for text in written),
         }
         if plain is not None and not plain.problem:
             row |= {

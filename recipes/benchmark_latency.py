@@ -30,7 +30,8 @@ from modeling_speculator.records import RecordFile
 
 AXES = ("batch_size", "prompt_length")
 COLUMNS = ("method", "n_candidates", "top_k_tokens_per_head", *AXES, "speedup", "tokens_per_second", "range",
-           "tokens_per_step", "first_token_ms", "ms_per_token", "identical_outputs", "gib_beside_weights")  # fmt: skip
+           "tokens_per_step", "first_token_ms", "ms_per_token", "identical_outputs", "looping",
+           "gib_beside_weights")  # fmt: skip
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ from modeling_speculator.trainers.continuations import Continuations, Continuati
 
 RECIPES = Path(__file__).parent
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 200, 64, 64
-
 LAST = "trainer_state.json"  # what a training writes when it is done
 
 
@@ -35,6 +34,9 @@ def main() -> None:
     parser.add_argument("--variants", type=Path, required=True, help="YAML: steps, seeds, variants")
     parser.add_argument("--base_model", type=Path, default=Path("outputs/quickstart/base_model"))
     parser.add_argument("--corpus", type=Path, default=Path("outputs/quickstart/corpus"), help="train, held_out.jsonl")
+    parser.add_argument(
+        "--inner_dim", type=int, default=256, help="width of the speculators, where a variant has none"
+    )
     parser.add_argument("--output_dir", type=Path, help="of the speculators; default: outputs/sweeps/NAME")
     parser.add_argument("--results", type=Path, help="JSON file; default: results.json there. Plots lie beside it.")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
@@ -45,8 +47,7 @@ def main() -> None:
     args.output_dir = args.output_dir or Path("outputs/sweeps") / args.variants.stem
     args.results = args.results or args.output_dir / "results.json"
     names = args.only or list(args.sweep["variants"])
-    unknown = set(names) - args.sweep["variants"].keys()
-    if unknown:
+    if unknown := set(names) - args.sweep["variants"].keys():
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
 
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
@@ -54,11 +55,8 @@ def main() -> None:
     train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
     texts = held_out_texts(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = pool.map(lambda run: train(args, *run), runs)
-        rows = [
-            {"variant": name, "seed": seed} | measure(folder, texts)
-            for (name, seed), folder in zip(runs, folders, strict=True)
-        ]
+        measured = (measure(folder, texts) for folder in pool.map(lambda run: train(args, *run), runs))
+        rows = [{"variant": name, "seed": seed} | row for (name, seed), row in zip(runs, measured, strict=True)]
     report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
     report |= {"versions": benchmarking.versions(), "machine": benchmarking.machine()}
     args.results.write_text(json.dumps(report, indent=1) + "\n")
@@ -82,7 +80,8 @@ def train(args, name: str, seed: int) -> Path:
             flags = options | variant.get(f"stage{stage}", {})
             flags |= {"output_dir": folder / f"stage{stage}", "max_steps": steps}
             flags |= {"warmup_steps": steps // (8 if stage == 1 else 10)}
-            flags |= {"speculator": speculator} if speculator else {"speculator": "null"} | variant.get("new", {})
+            width = {"inner_dim": args.inner_dim} if args.inner_dim else {}
+            flags |= {"speculator": speculator or "null"} | ({} if speculator else width | variant.get("new", {}))
             if stage == 2:  # the same texts for all; their order is the seed's
                 flags |= {"generated_dataset": args.output_dir / "generated", "generation_seed": 0}
             run(stage, flags)

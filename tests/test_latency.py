@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,8 +60,22 @@ def test_every_method_is_lossless_or_says_why_not(llama, drafters, size):
             assert row["first_token_ms"] > 0 and row["speedup"] > 0
     assert rows["generate"]["tokens_per_step"] == rows["static:generate"]["tokens_per_step"] == 1
     assert rows["generate"]["speedup"] == 1
+    assert len({(row["looping"], row["distinct_4grams"]) for row in rows.values() if "skipped" not in row}) == 1
     if size == 1:  # it is the base model, and always right
         assert rows["draft_model"]["tokens_per_step"] > 2
+
+
+def test_texts_that_loop_are_counted(llama):
+    """By a text of one token, and one without repetitions."""
+    methods = expand_methods(["generate"], llama, {})
+    for start, step, looping, distinct in ((5, 0, 2, 1 / 5), (0, 1, 0, 1.0)):
+        rows = torch.arange(8).mul(step).add(start).expand(2, -1)
+        llama.generate = lambda ids, rows=rows, **_: SimpleNamespace(sequences=torch.cat([ids, rows[: len(ids)]], -1))
+        try:
+            (row,) = measure_latency(llama, methods, batches(), 8, rounds=1)
+        finally:
+            del llama.generate
+        assert (row["looping"], row["distinct_4grams"]) == (looping, distinct)
 
 
 def test_a_compiled_method_is_lossless(llama, drafters):

@@ -1,8 +1,8 @@
-"""Trains a tokenizer and a small Llama on text.
+"""Trains a small Llama on text, and a tokenizer, unless it is given one.
 
 python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir base_model
 python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --output_dir draft_model \\
-    --num_hidden_layers 1
+    --tokenizer base_model --num_hidden_layers 1
 """
 
 import argparse
@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_speculator.trainers import DataArguments, SafeTrainer, load_texts, pack
 
@@ -24,13 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
     parser.add_argument("--max_steps", type=int, default=800)
     # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
     parser.add_argument("--num_hidden_layers", type=int, default=10)
     parser.add_argument("--hidden_size", type=int, default=192)
     args = parser.parse_args()
     set_seed(0)
-    tokenizer = train_tokenizer(args.corpus, vocab_size=2048)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer(args.corpus)
     texts = load_texts(DataArguments(data_files=[str(args.corpus)]))
     rows = pack(texts, tokenizer, SEQUENCE_LENGTH, separate_documents=False)
     rows = rows.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
@@ -43,7 +51,7 @@ def main() -> None:
             num_attention_heads=args.hidden_size // 32,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
-            bos_token_id=None,
+            bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )
@@ -75,7 +83,7 @@ def main() -> None:
     trainer.save_state()
 
 
-def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Path, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
     tokenizer = ByteLevelBPETokenizer()
     texts = (json.loads(line)["text"] for line in open(corpus))
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])

@@ -1,0 +1,74 @@
+"""Ways to decode faster, on one base model: drafters are trained on the same data at the same cost, and all compared.
+
+python recipes/head_to_head.py --base_model outputs/quickstart/base_model --corpus outputs/quickstart/corpus \\
+    --output_dir outputs/head_to_head
+
+An hour and a half on two CPU cores, with nothing else running. Killed and run again, it goes on where it was.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+RECIPES = Path(__file__).parent
+SWEEP = RECIPES / "sweeps/drafters.yaml"
+# What is timed of what was trained: each drafter with the better loss, of the first seed.
+TIMED = {
+    "speculator": "speculator,_KL-0",
+    "medusa": "Medusa_heads,_KL-0",
+    "unconditioned": "without_tokens,_KL-0",
+    "recurrent": "recurrent_drafter,_KL-0",
+}
+CACHES = [f"{form}:{method}" for form in ("static", "compiled") for method in ("generate", "speculator")]
+LENGTHS = [16, 32, 64, 128, 256, 400]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of write_corpus.py: train, held_out.jsonl")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--inner_dim", type=int, default=256, help="of the speculators")
+    parser.add_argument("--n_candidates", type=int, nargs="+", default=[0, 1, 2, 5, 8, 16, 32])
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    args = parser.parse_args()
+    folder, model = args.output_dir, {"base_model": args.base_model}
+
+    trained = folder / "drafters"
+    of_sweep = {"variants": SWEEP, "corpus": args.corpus, "inner_dim": args.inner_dim}
+    run("sweep.py", **model, **of_sweep, output_dir=trained, results=folder / "drafters.json")
+    draft_model = folder / "draft_model"
+    if not (draft_model / "trainer_state.json").is_file():  # what the training writes last
+        text = {"corpus": args.corpus / "train.jsonl", "tokenizer": args.base_model}
+        run("quickstart/train_base_model.py", **text, output_dir=draft_model, num_hidden_layers=1)
+
+    drafters = {name: trained / variant / "stage2" for name, variant in TIMED.items()}
+    model |= {"speculator": drafters.pop("speculator"), "prompts": args.corpus / "held_out.jsonl"}
+    others = [f"{name}={path}" for name, path in (drafters | {"draft_model": draft_model}).items()]
+    timing = {"drafters": others, "max_new_tokens": args.max_new_tokens, "n_prompts": 8, "rounds": 3}
+    stock = ["generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash"]
+    run("benchmark_latency.py", **model, **timing, methods=[*stock, "speculator", *drafters, *CACHES],
+        output=folder / "methods")  # fmt: skip
+    run("benchmark_latency.py", **model, **timing, methods=["generate", "prompt_lookup", "speculator", *drafters],
+        n_candidates=args.n_candidates, batch_size=args.batch_size, prompt_length=[64, 256],
+        output=folder / "n_candidates")  # fmt: skip
+    for name, path in ({"speculator": model["speculator"]} | drafters).items():
+        run("evaluate_acceptance.py", **model | {"speculator": path}, prompt_length=LENGTHS, limit=100, temperature=1,
+            top_k=10, max_new_tokens=args.max_new_tokens, output=folder / f"acceptance_{name}")  # fmt: skip
+    run("tune.py", **model, batch_size=args.batch_size, output=folder / "tuning")
+
+
+def run(script: str, **flags) -> None:
+    arguments = []
+    for key, value in flags.items():
+        arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    print("\npython", f"recipes/{script}", *arguments, flush=True)
+    if subprocess.run([sys.executable, str(RECIPES / script), *arguments]).returncode:
+        sys.exit(f"recipes/{script} failed. The same command, run again, goes on from what is on disk.")
+
+
+if __name__ == "__main__":
+    main()

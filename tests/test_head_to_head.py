@@ -1,0 +1,60 @@
+"""The comparison of everything: its steps are commands that exist, on what the steps before have left."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def load(script):
+    spec = importlib.util.spec_from_file_location(Path(script).stem, RECIPES / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What it runs, as argument lists."""
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
+    flags = ["--base_model", "model", "--corpus", "corpus", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["head_to_head.py", *flags, "--n_candidates", "0", "5", "--batch_size", "1", "4"])
+    load("head_to_head.py").main()
+    return [[Path(command[1]).relative_to(RECIPES).as_posix(), *command[2:]] for command in ran]
+
+
+def test_its_steps_are_commands_that_exist(commands, monkeypatch):
+    scripts = [command[0] for command in commands]
+    assert scripts[:2] == ["sweep.py", "quickstart/train_base_model.py"]
+    parsed = []
+    for command in commands[2:]:
+        monkeypatch.setattr(sys, "argv", command)
+        parsed.append(load(command[0]).parse_args())
+    assert set(scripts[2:]) == {"benchmark_latency.py", "evaluate_acceptance.py", "tune.py"}
+    latency = [args for args, script in zip(parsed, scripts[2:], strict=True) if script == "benchmark_latency.py"]
+    for args in latency:
+        names = {"generate", "prompt_lookup", "early_exit", "mtp", "dflash", "speculator"}
+        names |= {drafter.partition("=")[0] for drafter in args.drafters}
+        assert {method.rpartition(":")[2] for method in args.methods} <= names
+    assert (latency[1].n_candidates, latency[1].batch_size) == ([0, 5], [1, 4])
+
+
+def test_what_it_measures_is_what_it_trains(commands):
+    sweep = yaml.safe_load((RECIPES / "sweeps/drafters.yaml").read_text())
+    folders = {f"{name}-{seed}".replace(" ", "_") for name in sweep["variants"] for seed in sweep["seeds"]}
+    measured = {part for command in commands[2:] for part in command if part.endswith("/stage2")}
+    assert len(measured) == 7  # four, three of which are also given by name
+    assert {Path(part).parent.name for part in measured} <= folders
+    assert {Path(part.rpartition("=")[2]).parents[1] for part in measured} == {Path(output_of(commands[0]))}
+
+
+def output_of(command):
+    return command[command.index("--output_dir") + 1]
