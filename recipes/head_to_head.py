@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--base_model", type=Path, required=True)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of write_corpus.py: train, held_out.jsonl")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--inner_dim", type=int, default=256, help="of the speculators")
+    parser.add_argument("--inner_dim", type=int, help="of the speculators; default: sweeps/stage1.yaml's")
     parser.add_argument("--n_candidates", type=int, nargs="+", default=[0, 1, 2, 5, 8, 16, 32])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -38,8 +38,9 @@ def main() -> None:
     folder, model = args.output_dir, {"base_model": args.base_model}
 
     trained = folder / "drafters"
-    of_sweep = {"variants": SWEEP, "corpus": args.corpus, "inner_dim": args.inner_dim}
-    run("sweep.py", **model, **of_sweep, output_dir=trained, results=folder / "drafters.json")
+    width = {"inner_dim": args.inner_dim} if args.inner_dim else {}
+    run("sweep.py", **model, variants=SWEEP, corpus=args.corpus, **width, output_dir=trained,
+        results=folder / "drafters.json")  # fmt: skip
     draft_model = folder / "draft_model"
     if not (draft_model / "trainer_state.json").is_file():  # what the training writes last
         text = {"corpus": args.corpus / "train.jsonl", "tokenizer": args.base_model}
