@@ -34,9 +34,7 @@ def main() -> None:
     parser.add_argument("--variants", type=Path, required=True, help="YAML: steps, seeds, variants")
     parser.add_argument("--base_model", type=Path, default=Path("outputs/quickstart/base_model"))
     parser.add_argument("--corpus", type=Path, default=Path("outputs/quickstart/corpus"), help="train, held_out.jsonl")
-    parser.add_argument(
-        "--inner_dim", type=int, default=256, help="width of the speculators, where a variant has none"
-    )
+    parser.add_argument("--inner_dim", type=int, help="of variants that say none; default: sweeps/stage1.yaml's")
     parser.add_argument("--output_dir", type=Path, help="of the speculators; default: outputs/sweeps/NAME")
     parser.add_argument("--results", type=Path, help="JSON file; default: results.json there. Plots lie beside it.")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
