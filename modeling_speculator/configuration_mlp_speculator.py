@@ -6,6 +6,8 @@ import operator
 
 from transformers import PreTrainedConfig
 
+from .formats import read_config
+
 
 # Candidates that the published checkpoints draft: [5, 3, 2] for three heads, then two children per node.
 _PUBLISHED_TOP_K = [5, 3]
@@ -74,6 +76,11 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
         self.check_dials(self.top_k_tokens_per_head, self.n_candidates, self.n_tree_nodes, self.n_heads)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """`PreTrainedConfig.from_dict`, for every form that speculators are published in."""
+        return super().from_dict(read_config(config_dict), **kwargs)
 
     def check_dials(
         self,

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .cells import CELLS, MLPSpeculatorRMSNorm
 from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .formats import KEY_MAPPING, REPEATED_KEYS
 
 
 @dataclass
@@ -36,6 +37,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
     config_class = MLPSpeculatorConfig
     base_model_prefix = "speculator"
     main_input_name = "hidden_states"
+    _keys_to_ignore_on_load_unexpected = REPEATED_KEYS
     cells = CELLS  # by the config's `method`
 
     def __init__(self, config: MLPSpeculatorConfig):
@@ -65,6 +67,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 config ties weights that differ.
         """
         kwargs["ignore_mismatched_sizes"] = True  # so that they are named below
+        kwargs["key_mapping"] = KEY_MAPPING | (kwargs.get("key_mapping") or {})
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = [f"{kind}: {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
         if model.config.tie_weights and len(model.all_tied_weights_keys) < len(model._tied_weights_keys):
@@ -76,6 +79,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 f"({'; '.join(problems)}). Check `n_predict`, `emb_dim`, `inner_dim`, `vocab_size` and `tie_weights` "
                 "there, and that the download is complete."
             )
+        model._weight_conversions = None  # else `save_pretrained` would write the names that were read
         model.speculator.freeze_unread()
         return (model, info) if output_loading_info else model
 
