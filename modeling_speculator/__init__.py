@@ -1,13 +1,16 @@
 """MLP speculators for the Hugging Face libraries. Importing this registers the model type and the generation hook."""
 
 from .configuration_mlp_speculator import MLPSpeculatorConfig
-from .drafters import register_drafter
+from .drafters import DRAFTERS, register_drafter
 from .generation import install_generation_hook, remove_generation_hook
+from .loading import load_speculator_and_base
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .statistics import SpeculationStatistics
 
 
+for _config_class, _model_class in DRAFTERS.items():
+    register_drafter(_config_class, _model_class)
 install_generation_hook()
 
 __all__ = [
@@ -17,6 +20,7 @@ __all__ = [
     "MedusaModel",
     "SpeculationStatistics",
     "install_generation_hook",
+    "load_speculator_and_base",
     "register_drafter",
     "remove_generation_hook",
 ]

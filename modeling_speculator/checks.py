@@ -1,16 +1,21 @@
 """What can't be honoured is refused here, with a ValueError that says what to do, before any forward."""
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from .attention import uses_sdpa
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .families import LEARNED_POSITIONS, MULTIMODAL, SUPPORTED_MODEL_TYPES, attention_windows
 
+
+logger = logging.get_logger(__name__)
 
 # Families whose config does not say that they have ALiBi positions.
 _ALIBI = ("bloom", "mpt")
@@ -55,6 +60,7 @@ def check_models(model, speculator) -> None:
         )
     attention_windows(config)
     check_shapes(model, speculator)
+    warn_of_another_base(model, speculator)
     if isinstance(speculator.config, MLPSpeculatorConfig):
         speculator.config.check_dials(*(getattr(speculator.config, dial) for dial in DIALS))
     if not uses_sdpa(model) and config._attn_implementation != "eager":
@@ -79,6 +85,23 @@ def check_models(model, speculator) -> None:
         raise ValueError(
             f"The speculator is on {device} and {name} on {home}. Move it with `speculator.to({str(home)!r})`."
         )
+
+
+def warn_of_another_base(model, speculator) -> None:
+    """Says once where a speculator was trained for a base model of another name: it would draft badly."""
+    trained_for = getattr(speculator.config, "base_model_name_or_path", None)
+    names = [_last_name(name or "") for name in (trained_for, model.config.name_or_path)]
+    if all(names) and names[0] != names[1]:
+        logger.warning_once(
+            f"The speculator was trained for {trained_for}, but drafts for {model.config.name_or_path}. The output is "
+            "right all the same, but fewer drafts will be accepted."
+        )
+
+
+def _last_name(name: str) -> str:
+    """Of a Hub id, or of a folder, one of the Hub's cache too, what both call the model."""
+    in_cache = re.search(r"models--[^/]*--([^/]+?)/snapshots/", name)
+    return (in_cache[1] if in_cache else Path(name).name).lower()
 
 
 def rope_types(config) -> set[str]:

@@ -36,6 +36,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         method: the cell, "sum_rnn" (arXiv 2404.19124) or "sum_lstm" (gated, Arctic Inference; its heads are always
             tied: `tie_weights=True`).
         base_model_name_or_path: the base model that the speculator was trained for.
+        base_model_revision: its commit on the Hub, where that is known.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -57,6 +58,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     scale_input: bool = False
     method: str = "sum_rnn"
     base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
     # Those of the base model count; text-generation pipelines ask an assistant for its own.
     bos_token_id: int | None = None
     eos_token_id: int | None = None

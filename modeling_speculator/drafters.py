@@ -16,7 +16,11 @@ from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
 
 
-DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {}
+DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    MLPSpeculatorConfig: MLPSpeculatorPreTrainedModel,
+    MedusaConfig: MedusaModel,
+    UnconditionedConfig: UnconditionedSpeculator,
+}
 
 
 def register_drafter(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
@@ -24,11 +28,6 @@ def register_drafter(config_class: type[PreTrainedConfig], model_class: type[Pre
     DRAFTERS[config_class] = model_class
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
-
-
-register_drafter(MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel)
-register_drafter(MedusaConfig, MedusaModel)
-register_drafter(UnconditionedConfig, UnconditionedSpeculator)
 
 
 def is_drafter(assistant_model) -> bool:

@@ -1,5 +1,8 @@
 """The hook that lets `generate` take a speculator as `assistant_model`, and what it returns then."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import update_wrapper
 
@@ -84,6 +87,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
 
 _HOOKED = ("_validate_generation_mode", "_assisted_decoding")
 _originals = {}
+_users, _n_users = threading.Lock(), 0  # of `generation_hook`, where the hook was not installed for good
 # Arguments of the original loop that are not for the base model's forward.
 _LOOP_KWARGS = ("inputs_tensor", "assistant_tokenizer", "tokenizer")
 
@@ -103,6 +107,23 @@ def remove_generation_hook() -> None:
     while _originals:
         name, original = _originals.popitem()
         setattr(GenerationMixin, name, original)
+
+
+@contextmanager
+def generation_hook() -> Iterator[None]:
+    """The hook for the time of some calls, in whatever threads; to nobody's surprise after that."""
+    with _users:
+        global _n_users
+        lends = not _originals or _n_users > 0
+        _n_users += lends
+        install_generation_hook()
+    try:
+        yield
+    finally:
+        with _users:
+            _n_users -= lends
+            if lends and _n_users == 0:
+                remove_generation_hook()
 
 
 def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Tensor:

@@ -3,8 +3,12 @@
 Architecture and initialisation: arXiv 2404.19124 and its published implementation (foundation-model-stack/fms-extras).
 """
 
+import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -82,6 +86,32 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         model._weight_conversions = None  # else `save_pretrained` would write the names that were read
         model.speculator.freeze_unread()
         return (model, info) if output_loading_info else model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        version: str | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        **options,
+    ):
+        """Sends the speculator to the Hub with its card and code, as recipes/push_to_hub.py does.
+
+        Args:
+            version: as "1.0.0", which becomes the tag "v1.0.0"; None: no tag.
+            revision: a branch; by default main.
+            options: of `modeling_speculator.model_cards.publish`, which says what is returned and raised.
+        """
+        # By name: the code that a repository on the Hub carries is this, without that package.
+        publishing = importlib.import_module("modeling_speculator.model_cards.publishing")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            provenance = Path(self.name_or_path) / "provenance.json"
+            if provenance.is_file():
+                shutil.copy(provenance, folder)
+            return publishing.publish(
+                folder, repo_id, version, branch=revision or "main", message=commit_message, **options
+            )
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from modeling_speculator.trainers import (
     load_rows,
     parse_recipe,
 )
-from modeling_speculator.trainers.provenance import revision_of
+from modeling_speculator.trainers.provenance import read_provenance, revision_of
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def main() -> None:
         facts={
             "model": asdict(model_args),
             "data": asdict(data_args),
+            "started_from": read_provenance(model_args.speculator),
             "base_model_revision": revision_of(model_args.base_model, model_args.base_model_revision),
         },
     )
@@ -69,6 +70,8 @@ def main() -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.end_training()
 
 

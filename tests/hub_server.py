@@ -10,7 +10,10 @@ Kept in memory. What requests need which answer: huggingface_hub 2.
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from base64 import b64decode
 from dataclasses import dataclass, field
@@ -95,6 +98,44 @@ class HubServer:
         repository = self.repositories[repo_id]
         files = repository.commits[repository.resolve(revision)]
         return {path: self.blobs[sha] for path, sha in files.items()}
+
+
+class Client:
+    """A process that takes a server for the Hub, and runs code; one for many tests, since importing takes seconds."""
+
+    LOOP = """
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+for line in sys.stdin:
+    scope = {}
+    try:
+        exec(json.loads(line), scope)
+        answer = {"result": scope.get("result")}
+    except BaseException as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    answers.write(json.dumps(answer) + chr(10))
+"""
+
+    def __init__(self, hub: HubServer, home: Path):
+        env = os.environ | hub.environment(home)
+        command = [sys.executable, "-c", self.LOOP]
+        self.process = subprocess.Popen(
+            command, env=env, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, code: str):
+        """What the code calls `result`; a RuntimeError with what it raised."""
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
 
 
 class _Answer(Exception):

@@ -24,8 +24,9 @@ def test_wheel_has_one_top_level_name(tmp_path):
     for folder, package in (
         ("modeling_speculator", "modeling_speculator"),
         ("trainers", "modeling_speculator/trainers"),
+        ("model_cards", "modeling_speculator/model_cards"),
     ):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in [*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("*.md")]:
             assert f"{package}/{path.name}" in names
 
 

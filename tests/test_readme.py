@@ -47,7 +47,7 @@ def test_every_file_of_the_tree_is_there():
             named |= {f"{folder}/{name}" for name in re.findall(r"\w+\.py\b", line)}
         else:
             folder = line.split("/")[0]
-    for folder in ("modeling_speculator", "trainers", "recipes"):
+    for folder in ("modeling_speculator", "trainers", "model_cards", "recipes"):
         files = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")} - {f"{folder}/__init__.py"}
         assert {name for name in named if name.startswith(f"{folder}/")} == files
 

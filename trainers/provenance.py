@@ -22,10 +22,15 @@ def write_provenance(folder: str | Path, facts: dict) -> None:
     (Path(folder) / FILE).write_text(json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n")
 
 
+def read_provenance(folder: str | None) -> dict | None:
+    """What is known of the weights in a folder; None of none, or of a name on the Hub."""
+    file = Path(folder or "") / FILE
+    return json.loads(file.read_text()) if folder and file.is_file() else None
+
+
 def seconds_in(checkpoint: str | Path) -> float:
     """The training time that a checkpoint says it took; 0 where it does not say."""
-    file = Path(checkpoint) / FILE
-    return json.loads(file.read_text()).get("seconds", 0.0) if file.is_file() else 0.0
+    return (read_provenance(str(checkpoint)) or {}).get("seconds", 0.0)
 
 
 def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculator: PreTrainedModel) -> dict:

@@ -15,17 +15,18 @@ from ..families import output_logits
 from .acceptance import ExpectedAcceptance
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
-from .checkpoints import SafeTrainer, latest_checkpoint
+from .checkpoints import latest_checkpoint
 from .continuations import ContinuationSampler
 from .distribution import are_finite, check_distribution, is_sharded, place_base_model, prepare_fsdp
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective, counted_labels
 from .provenance import known_before, seconds_in, write_provenance
+from .publishing import PublishingTrainer
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
 
 
-class SpeculatorTrainer(SafeTrainer):
+class SpeculatorTrainer(PublishingTrainer):
     """Trains a speculator on sequences of `input_ids`, beside a frozen base model.
 
     Args:
@@ -212,6 +213,7 @@ class SpeculatorTrainer(SafeTrainer):
                 not _internal_call and self.args.load_best_model_at_end and best
             )  # loaded when the training ended
             progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": round(seconds, 1)}
+            progress["losses"] = [[log["step"], log["loss"]] for log in self.state.log_history if "loss" in log]
             write_provenance(output_dir or self.args.output_dir, self.facts | progress)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -11,6 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 from ..configuration_mlp_speculator import MLPSpeculatorConfig
 from ..drafters import DRAFTERS, config_class_of
 from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .provenance import revision_of
 from .training_args import ModelArguments
 
 
@@ -70,6 +71,7 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
         vocab_size=config.vocab_size,
         emb_dim=config.hidden_size,
         base_model_name_or_path=args.base_model,
+        base_model_revision=revision_of(args.base_model, args.base_model_revision),
         **given,
     )
 

@@ -120,6 +120,9 @@ class SpeculatorTrainingArguments(TrainingArguments):
     generation_seed: int | None = field(
         default=None, metadata={"help": "Of the continuations; null: that of the training."}
     )
+    hub_version: str | None = field(
+        default=None, metadata={"help": 'With push_to_hub: "1.0.0" tags what is pushed at the end as v1.0.0.'}
+    )
     evaluation_prompts: int = field(
         default=64, metadata={"help": "Held-out prompts to measure tokens per step on; 0: don't."}
     )

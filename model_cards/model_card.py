@@ -1,0 +1,175 @@
+"""The card of a speculator: every number comes from a file that a measurement or a training wrote."""
+
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ["speculative-decoding", "speculator", "mlp_speculator"]
+CURVE_POINTS = 8
+_STAGES = {1: "on text", 2: "on what the base model writes itself"}
+_PROMPT = {True: "def quicksort(numbers):", False: "The capital of France is"}
+
+
+def render_card(
+    repo_id: str,
+    config,
+    parameters: int,
+    provenance: dict | None = None,
+    acceptance: dict | None = None,
+    latency: list[dict] | None = None,
+    license: str | None = None,
+) -> str:
+    """The README.md of a speculator's repository.
+
+    Args:
+        config: of the speculator, with `base_model_name_or_path`, a Hub id.
+        parameters: how many it has.
+        provenance: what the training wrote beside it.
+        acceptance: of evaluate_acceptance.py.
+        latency: rows of benchmark_latency.py.
+        license: as the Hub writes it ("apache-2.0"), where it is known.
+    """
+    base_model, stages = config.base_model_name_or_path, training_stages(provenance)
+    card_data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter",  # of the four that the Hub knows, the one that is used beside its base model
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        tags=TAGS,
+        datasets=sorted({stage["dataset"] for stage in stages if stage["dataset"]}) or None,
+        model_name=repo_id.split("/")[-1] if acceptance else None,
+        eval_results=eval_results(acceptance) if acceptance else None,
+    )
+    about_code = acceptance is not None and "humaneval" in acceptance["settings"]["prompts"].lower()
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        base_model=base_model,
+        config=config,
+        parameters=f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M",
+        prompt=_PROMPT[about_code],
+        acceptance=acceptance_section(acceptance) if acceptance else None,
+        latency=latency_section(latency) if latency else None,
+        stages=stages,
+        provenance=provenance_lines(config, provenance),
+    )
+    return str(card)
+
+
+def eval_results(acceptance: dict) -> list[EvalResult]:
+    """Tokens per step, of all prompts and by category, greedy and sampled, as the Hub's `model-index` lists it."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=category or Path(acceptance["settings"]["prompts"]).name,
+            dataset_name=category or Path(acceptance["settings"]["prompts"]).name,
+            metric_type="tokens_per_step",
+            metric_name=f"tokens per step, {mode}",
+            metric_value=round(row["tokens_per_step"], 3),
+        )
+        for mode, category, row in rows_of(acceptance)
+        if row["tokens_per_step"] is not None
+    ]
+
+
+def rows_of(acceptance: dict) -> list[tuple[str, str | None, dict]]:
+    """(mode, category or None for all, figures)."""
+    modes = {"greedy": acceptance} | ({"sampled": acceptance["sampled"]} if "sampled" in acceptance else {})
+    return [
+        (mode, category, row)
+        for mode, figures in modes.items()
+        for category, row in {None: figures, **figures.get("categories", {})}.items()
+    ]
+
+
+def acceptance_section(acceptance: dict) -> dict:
+    settings = acceptance["settings"]
+    lines = ["| | prompts | tokens per step | 95 % | without loops | accepted, by position |", "|---" * 6 + "|"]
+    for mode, category, row in rows_of(acceptance):
+        cells = [f"{category}, {mode}" if category else mode, str(row["prompts"]), _number(row["tokens_per_step"])]
+        cells.append(" to ".join(map(_number, row["tokens_per_step_interval"] or [])))
+        cells.append(_number(row["tokens_per_step_without_loops"]))
+        cells.append(", ".join(map(_number, row["accepted_per_position"] or [])))
+        lines.append("| " + " | ".join(cells) + " |")
+    dial = "n_tree_nodes" if settings["n_tree_nodes"] else "n_candidates"
+    return {
+        "table": "\n".join(lines),
+        "prompts": Path(settings["prompts"]).name,
+        "max_new_tokens": settings["max_new_tokens"],
+        "dials": f"`{dial}={settings[dial]}` of `top_k_tokens_per_head={settings['top_k_tokens_per_head']}`",
+        "machine": _machine(acceptance["machine"], acceptance["versions"]),
+    }
+
+
+def latency_section(latency: list[dict]) -> dict:
+    """What ran, at the first length of prompts; the numbers of candidates and batch sizes are those of the rows."""
+    first = latency[0]
+    rows = [row for row in latency if "speedup" in row and row["prompt_length"] == first["prompt_length"]]
+    lines = ["| | candidates | batch | x generate | tokens/s | tokens per step | same output |", "|---" * 7 + "|"]
+    for row in rows:
+        cells = [row["method"], row.get("n_candidates"), row["batch_size"], f"{row['speedup']:.2f}"]
+        cells += [f"{row['tokens_per_second']:.0f}", _number(row["tokens_per_step"])]
+        cells.append(f"{row['identical_outputs']} of {row['outputs']}")
+        lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+    return {
+        "table": "\n".join(lines),
+        "machine": _machine(first["machine"], first["versions"]),
+        "dtype": first["dtype"].removeprefix("torch."),
+    } | {name: first[name] for name in ("prompt_length", "new_tokens")}
+
+
+def training_stages(provenance: dict | None) -> list[dict]:
+    """The first one first."""
+    if not provenance:
+        return []
+    arguments, data = dict(provenance["arguments"]), provenance.get("data", {})
+    number = arguments.pop("stage", 1)
+    files = ", ".join(f"`{Path(name).name}`" for name in data.get("data_files") or [])
+    known = {key: value for key, value in arguments.items() if not isinstance(value, dict) and value not in (None, [])}
+    lengths = {key: data[key] for key in _lengths(number) if key in data}
+    machine = provenance["machine"]
+    gpus = f"{machine['gpus']} x {machine['gpu']}" if machine.get("gpu") else machine["processor"]
+    losses = provenance.get("losses") or []
+    shown = losses[:: max(1, len(losses) // CURVE_POINTS)]
+    stage = {
+        "number": number,
+        "what": _STAGES[number],
+        "steps": provenance.get("steps", "?"),
+        "dataset": data.get("dataset"),
+        "data": f"`{data['dataset']}`" if data.get("dataset") else files or "data that is not known",
+        "time": f"{provenance.get('seconds', 0) / 3600:.2f} h on {gpus}",
+        "arguments": yaml.safe_dump(known | lengths, sort_keys=True).strip(),
+        "losses": [(step, f"{loss:.3f}") for step, loss in shown],
+    }
+    return [*training_stages(provenance.get("started_from")), stage]
+
+
+def _lengths(stage: int) -> tuple[str, ...]:
+    return ("sequence_length",) if stage == 1 else ("prompt_length", "generation_length")
+
+
+def provenance_lines(config, provenance: dict | None) -> list[tuple[str, str]]:
+    """(name, value), of what is known."""
+    revision, known = config.base_model_revision, provenance or {}
+    lines = [("base model", f"{config.base_model_name_or_path}" + (f" at commit {revision}" if revision else ""))]
+    names = {"base_model_weights": "digest of the base model's weights", "git_revision": "code"}
+    lines += [(title, f"`{known[name]}`") for name, title in names.items() if known.get(name)]
+    if "versions" in known:
+        lines.append(("packages", ", ".join(f"{name} {version}" for name, version in known["versions"].items())))
+    if "machine" in known:
+        lines.append(("trained", known["machine"]["date"]))
+    return lines
+
+
+def _machine(machine: dict, versions: dict) -> str:
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    return f"{where}, {machine['date']}, torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,25 @@
+"""Where the code begins that a repository on the Hub carries: what `auto_map` and `generate.py` there name.
+
+All files that are imported from here, directly or not, are sent along; none of them may need one that is not.
+"""
+
+from .drafters import (
+    MedusaConfig,
+    MedusaModel,
+    MLPSpeculatorConfig,
+    MLPSpeculatorPreTrainedModel,
+    UnconditionedConfig,
+    UnconditionedSpeculator,
+)
+from .generation import generation_hook
+
+
+__all__ = [
+    "MLPSpeculatorConfig",
+    "MLPSpeculatorPreTrainedModel",
+    "MedusaConfig",
+    "MedusaModel",
+    "UnconditionedConfig",
+    "UnconditionedSpeculator",
+    "generation_hook",
+]

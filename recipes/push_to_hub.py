@@ -1,0 +1,59 @@
+"""A trained speculator to the Hub: its weights, card and code in one commit, and a version on that commit.
+
+python recipes/push_to_hub.py --speculator outputs/llama2-7b/stage2 --repo_id my-org/llama2-7b-speculator \\
+    --version 1.0.0 --acceptance outputs/acceptance/acceptance.json --latency outputs/latency/latency.json
+python recipes/push_to_hub.py --repo_id my-org/llama2-7b-speculator --list
+
+Log in first (`hf auth login`). Interrupted and run again, it goes on; earlier versions are never touched.
+"""
+
+import argparse
+import sys
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from modeling_speculator.model_cards import list_versions, publish
+
+
+def main() -> None:
+    args = parse_args()
+    if args.list:
+        for version, commit in list_versions(args.repo_id).items():
+            print(version, commit)
+        return
+    options = {key: value for key, value in vars(args).items() if key not in ("speculator", "repo_id", "list")}
+    try:
+        done = publish(args.speculator, args.repo_id, **options)
+    except HfHubHTTPError as error:
+        sys.exit(f"{error}\nThe push did not end. What was on the Hub is as it was; the same command goes on.")
+    print("\n".join(f"{size:>13,}  {path}" for path, size in sorted(done.files.items())))
+    if done.left_out:
+        print(f"Left out of {args.speculator}: {', '.join(done.left_out)}")
+    what = "Would be sent to" if args.dry_run else "Sent:" if done.is_new else "Nothing new to send; it is there:"
+    print(f"{what} {done.url}" + (f" (version {args.version})" if args.version else ""))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speculator", help="folder")
+    parser.add_argument("--repo_id", required=True, help="ORG/NAME")
+    parser.add_argument("--version", help="1.0.0 becomes the tag v1.0.0; default: no tag")
+    parser.add_argument("--acceptance", help="acceptance.json of evaluate_acceptance.py, for the card")
+    parser.add_argument("--latency", help="latency.json of benchmark_latency.py, for the card")
+    parser.add_argument("--base_model", help="its Hub id, where the config names a folder")
+    parser.add_argument("--base_model_revision", help="its commit")
+    parser.add_argument("--license", help="as the Hub writes it: apache-2.0, llama2, ...")
+    parser.add_argument("--branch", default="main", help="for nightly work")
+    parser.add_argument("--private", action="store_true", default=None)
+    parser.add_argument("--message", help="of the commit and the tag")
+    parser.add_argument("--force", action="store_true", help="move the tag of a version that is there")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be sent")
+    parser.add_argument("--list", action="store_true", help="the versions that are there, and their commits")
+    args = parser.parse_args()
+    if not args.list and args.speculator is None:
+        parser.error("--speculator is needed to push; --list only lists")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Versions on a Hub: pushed, loaded, refused, whole after every fault. By the real client, against a small server."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import TOKEN, Client, HubServer, problems_of
+from tiny_models import VOCAB, character_tokenizer, tiny_model
+
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+
+
+RECIPE = Path(__file__).parents[1] / "recipes/push_to_hub.py"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """A process of a user who is logged in."""
+    client = Client(hub, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def repo(request):
+    """A repository of each test's own."""
+    return f"org/{hashlib.sha1(request.node.name.encode()).hexdigest()[:10]}"
+
+
+def save(folder, seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"base_model_name_or_path": "org/base", "inner_dim": 16} | options
+    MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, **options)).save_pretrained(folder)
+    return folder
+
+
+def publish(client, folder, repo, version=None, **options):
+    return client.run(
+        "from modeling_speculator.model_cards import publish\n"
+        f"done = publish({str(folder)!r}, {repo!r}, {version!r}, **{options!r})\n"
+        "result = [done.commit, done.is_new, sorted(done.files), done.left_out]"
+    )
+
+
+def weights_of(client, name, revision):
+    """A digest of the weights, by a fresh load."""
+    return client.run(
+        "import hashlib; from transformers import AutoModel\n"
+        f"state = AutoModel.from_pretrained({name!r}, revision={revision!r}).state_dict()\n"
+        "result = hashlib.sha256(b''.join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()"
+    )
+
+
+def test_two_versions(hub, client, repo, tmp_path):
+    folders = {f"{n}.0.0": save(tmp_path / str(n), seed=n) for n in (1, 2)}
+    commits = {}
+    for version, folder in folders.items():
+        commits[version], is_new, *_ = publish(client, folder, repo, version)
+        assert is_new and hub.repositories[repo].tags[f"v{version}"] == commits[version]
+    assert hub.repositories[repo].branches["main"] == commits["2.0.0"]
+    client.run("import modeling_speculator")
+    loaded = {version: weights_of(client, repo, f"v{version}") for version in folders}
+    assert loaded == {version: weights_of(client, str(folder), None) for version, folder in folders.items()}
+    assert loaded["1.0.0"] != loaded["2.0.0"]
+    listed = client.run(f"from modeling_speculator.model_cards import list_versions; result = list_versions({repo!r})")
+    assert listed == {f"v{version}": commit for version, commit in commits.items()}
+
+
+def test_the_same_again(hub, client, repo, tmp_path):
+    """Sends nothing; a new version of it is a tag on the same commit; another content under its name is refused."""
+    first, *_ = publish(client, save(tmp_path / "a", seed=1), repo, "1.0.0")
+    hub.requests.clear()
+    assert publish(client, tmp_path / "a", repo, "1.0.0")[:2] == [first, False]
+    assert publish(client, tmp_path / "a", repo, "v1.0.1")[:2] == [first, False]
+    assert not [path for method, path in hub.requests if "/commit/" in path or method == "PUT"]
+    assert hub.repositories[repo].tags == {"v1.0.0": first, "v1.0.1": first}
+    save(tmp_path / "b", seed=2)
+    with pytest.raises(RuntimeError, match="ValueError: .* has a version v1.0.0 with other content"):
+        publish(client, tmp_path / "b", repo, "1.0.0")
+    assert hub.repositories[repo].branches["main"] == first
+    moved, is_new, *_ = publish(client, tmp_path / "b", repo, "1.0.0", force=True)
+    assert is_new and hub.repositories[repo].tags == {"v1.0.0": moved, "v1.0.1": first}
+    # What an older version had is found again.
+    assert publish(client, tmp_path / "a", repo, "1.0.2")[:2] == [first, False]
+
+
+def test_a_branch_for_nightly_work(hub, client, repo, tmp_path):
+    first, *_ = publish(client, save(tmp_path / "a", seed=1), repo, "1.0.0")
+    nightly, *_ = publish(client, save(tmp_path / "b", seed=2), repo, branch="nightly")
+    assert hub.repositories[repo].branches == {"main": first, "nightly": nightly}
+    assert hub.repositories[repo].tags == {"v1.0.0": first}
+
+
+FAULTS = {
+    "nobody": {"pattern": "/preupload/|/commit/", "status": 401, "times": 50},
+    "not allowed": {"pattern": "/commit/", "status": 403},
+    "somebody else committed": {"pattern": "/commit/", "status": 412},
+    "a tag of that name": {"pattern": "/tag/", "status": 409},
+    "broken in an upload": {"pattern": "/lfs/", "status": 500, "times": 50},
+    "cut in an upload": {"pattern": "/lfs/", "status": None, "times": 50, "method": "PUT"},
+    "a wrong hash": {"pattern": "/lfs/", "status": 422, "method": "PUT"},
+    "broken before the tag": {"pattern": "/tag/", "status": 500, "times": 50},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_loses_nothing(hub, client, repo, fault, tmp_path):
+    """The version before is untouched, and the same push, repeated, ends well."""
+    client.run("import huggingface_hub.utils._http as http; http.time.sleep = lambda seconds: None")  # between retries
+    first, *_ = publish(client, save(tmp_path / "a", seed=1), repo, "1.0.0")
+    before = hub.files(repo, "v1.0.0")
+    save(tmp_path / "b", seed=100 + list(FAULTS).index(fault))  # of weights that the server does not have
+    hub.fail(**FAULTS[fault])
+    with pytest.raises(RuntimeError) as raised:
+        publish(client, tmp_path / "b", repo, "2.0.0")
+    assert TOKEN not in str(raised.value)
+    hub.faults.clear()
+    assert hub.repositories[repo].tags == {"v1.0.0": first} and hub.files(repo, "v1.0.0") == before
+    second, *_ = publish(client, tmp_path / "b", repo, "2.0.0")
+    assert hub.repositories[repo].tags == {"v1.0.0": first, "v2.0.0": second}
+    assert hub.files(repo, "v2.0.0")["model.safetensors"] == (tmp_path / "b/model.safetensors").read_bytes()
+    assert len(hub.repositories[repo].commits) == 3  # the first, empty one, and one a version
+
+
+def test_too_many_requests_are_made_later(hub, client, repo, tmp_path):
+    hub.fail("/lfs/", status=429, method="PUT")
+    commit, *_ = publish(client, save(tmp_path / "a", seed=200), repo, "1.0.0")
+    assert hub.repositories[repo].tags == {"v1.0.0": commit} and not hub.faults
+
+
+def test_nothing_by_accident(hub, client, repo, tmp_path):
+    folder = save(tmp_path / "a")
+    (folder / "checkpoint-3").mkdir()
+    secrets = ("optimizer.pt", "training_args.bin", ".env", "notes.txt", "checkpoint-3/model.safetensors")
+    for name in secrets:
+        (folder / name).write_bytes(b"secret")
+    facts = {"data": {"data_files": [str(tmp_path / "mine/texts.jsonl")]}, "arguments": {}, "steps": 3, "seconds": 1}
+    machine = {"processor": "a CPU", "threads": 1, "date": "2026-01-01"}
+    (folder / "provenance.json").write_text(json.dumps(facts | {"machine": machine}))
+    _, _, files, left_out = publish(client, folder, repo, "1.0.0")
+    sent = hub.files(repo, "v1.0.0")
+    assert sorted(set(sent) - {".gitattributes"}) == files
+    assert not [name for name in sent if Path(name).name in {Path(secret).name for secret in secrets[:4]}]
+    assert left_out == [".env", "checkpoint-3", "notes.txt", "optimizer.pt", "training_args.bin"]
+    everything = b"\n".join(sent.values())
+    assert str(tmp_path).encode() not in everything and TOKEN.encode() not in everything
+    assert json.loads(sent["provenance.json"])["data"]["data_files"] == ["texts.jsonl"]
+    assert problems_of(sent["README.md"].decode()) == []
+    (folder / "provenance.json").write_text(json.dumps(facts | {"machine": machine, "note": f"hf_{'x' * 34}"}))
+    with pytest.raises(RuntimeError, match="looks like a token"):
+        publish(client, folder, repo, "2.0.0")
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "complaint"),
+    [
+        ({}, {"version": "1.0"}, "three numbers, as 1.0.0"),
+        ({"base_model_name_or_path": "outputs/base/model"}, {}, "is no model of the Hub. Push that first"),
+        ({"base_model_name_or_path": None}, {}, "is no model of the Hub"),
+        ({}, {"acceptance": "of_another.json"}, "was measured with another speculator"),
+    ],
+)
+def test_bad_input(client, repo, options, call, complaint, tmp_path):
+    save(tmp_path / "a", **options)
+    settings = {"weights": ["x", "y"], "dtype": "torch.float32", "speculator": "z"}
+    (tmp_path / "of_another.json").write_text(json.dumps({"settings": settings}))
+    call = {key: str(tmp_path / value) if key == "acceptance" else value for key, value in call.items()}
+    with pytest.raises(RuntimeError, match=complaint):
+        publish(client, tmp_path / "a", repo, **call)
+
+
+def test_a_folder_that_is_no_speculator(client, repo, tmp_path):
+    with pytest.raises(RuntimeError, match="no config.json"):
+        publish(client, tmp_path, repo)
+    save(tmp_path / "a")
+    (tmp_path / "a/model.safetensors").rename(tmp_path / "a/pytorch_model.bin")
+    with pytest.raises(RuntimeError, match="holds no safetensors. Write them: recipes/convert.py"):
+        publish(client, tmp_path / "a", repo)
+
+
+def test_from_python(hub, client, repo, tmp_path):
+    save(tmp_path / "a")
+    client.run(
+        "import modeling_speculator; from transformers import AutoModel\n"
+        f"AutoModel.from_pretrained({str(tmp_path / 'a')!r}).push_to_hub({repo!r}, version='1.2.3')"
+    )
+    sent = hub.files(repo, "v1.2.3")
+    assert sent["model.safetensors"] == (tmp_path / "a/model.safetensors").read_bytes()
+    assert {"README.md", "hub_entry.py", "custom_generate/generate.py"} <= sent.keys()
+
+
+@pytest.fixture(scope="module")
+def base(client, tmp_path_factory):
+    """A base model on the Hub, and here."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_model("llama").save_pretrained(folder)
+    character_tokenizer(eos_token="z").save_pretrained(folder)
+    client.run(
+        "from huggingface_hub import HfApi; HfApi().create_repo('org/base', exist_ok=True)\n"
+        f"HfApi().upload_folder(repo_id='org/base', folder_path={str(folder)!r})"
+    )
+    return folder
+
+
+def test_both_models_by_one_name(hub, client, base, repo, tmp_path):
+    commit = hub.repositories["org/base"].branches["main"]
+    publish(client, save(tmp_path / "a"), repo, "1.0.0", base_model="org/base", base_model_revision=commit)
+    load = (
+        "from modeling_speculator import load_speculator_and_base\n"
+        f"speculator, model, tokenizer = load_speculator_and_base({repo!r}, revision='v1.0.0')\n"
+        "out = model.generate(**tokenizer('abc', return_tensors='pt'), assistant_model=speculator, max_new_tokens=9, "
+        "do_sample=False)\n"
+        "result = out.tolist(), model.config.name_or_path, speculator.config.base_model_revision"
+    )
+    texts, name, revision = client.run(load)
+    assert (name, revision) == ("org/base", commit)
+    tokens = character_tokenizer(eos_token="z")("abc", return_tensors="pt")
+    assert tiny_model("llama").generate(**tokens, max_new_tokens=9, do_sample=False).tolist() == texts
+    # Offline, from the cache.
+    client.run("import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True")
+    try:
+        assert client.run(load)[0] == texts
+    finally:
+        client.run("import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = False")
+
+
+def test_a_downloaded_config_names_no_path(hub, client, repo, tmp_path):
+    publish(client, save(tmp_path / "a"), repo)
+    repository = hub.repositories[repo]
+    for path in (str(tmp_path), "../../models/secret", "~/model"):
+        files = dict(repository.commits[repository.branches["main"]])
+        config = json.loads(hub.blobs[files["config.json"]]) | {"base_model_name_or_path": path}
+        content = json.dumps(config).encode()
+        files["config.json"] = hashlib.sha256(content).hexdigest()
+        hub.blobs[files["config.json"]] = content
+        repository.commit("main", files, "another config")
+        with pytest.raises(RuntimeError, match="ValueError: .* as its base model, which is a path"):
+            client.run(f"from modeling_speculator import load_speculator_and_base as load; load({repo!r})")
+
+
+WITHOUT_THE_PACKAGE = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("modeling_speculator") is None
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+repo = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained("org/base")
+model = AutoModelForCausalLM.from_pretrained("org/base", dtype="auto")
+speculator = AutoModel.from_pretrained(repo, dtype=model.dtype, trust_remote_code=True).to(model.device)
+inputs = tokenizer("abc", return_tensors="pt")
+options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+before = GenerationMixin._assisted_decoding
+out = model.generate(**inputs, assistant_model=speculator, custom_generate=repo, trust_remote_code=True, **options)
+assert GenerationMixin._assisted_decoding is before
+plain = model.generate(**inputs, **options)
+assert out.sequences.tolist() == plain.sequences.tolist()
+try:
+    model.generate(**inputs, assistant_model=model, custom_generate=repo, trust_remote_code=True)
+except ValueError as error:
+    assert "Give a speculator" in str(error)
+else:
+    raise AssertionError
+print(json.dumps(out.speculation.tokens_per_step))
+"""
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "medusa"])
+def test_without_the_package(hub, client, base, repo, method, tmp_path):
+    """In a virtual environment that has transformers, and not this package."""
+    if method == "medusa":
+        code = "from modeling_speculator import MedusaConfig, MedusaModel\n"
+        config = f"MedusaConfig(vocab_size={VOCAB}, emb_dim=32, base_model_name_or_path='org/base')"
+        client.run(f"{code}MedusaModel({config}).save_pretrained({str(tmp_path / 'a')!r})")
+    else:
+        save(tmp_path / "a")
+    publish(client, tmp_path / "a", repo)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # A folder on the path, whose own .pth files (an editable installation of this package) are not read.
+    (packages / "theirs.pth").write_text(sysconfig.get_paths()["purelib"])
+    command = [tmp_path / "venv/bin/python", "-c", WITHOUT_THE_PACKAGE, repo]
+    env = os.environ | hub.environment(tmp_path / "home")
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    if "find_spec" in done.stderr:
+        pytest.skip("the package is installed as a copy, not editable")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) >= 1
+
+
+def test_the_commands(hub, base, repo, tmp_path):
+    env = os.environ | hub.environment(tmp_path / "home")
+    save(tmp_path / "a")
+
+    def run(*command, **more):
+        return subprocess.run(list(map(str, command)), env=env | more, capture_output=True, text=True)
+
+    push = [sys.executable, RECIPE, "--speculator", tmp_path / "a", "--repo_id", repo, "--version", "1.0.0"]
+    dry = run(*push, "--dry_run")
+    assert dry.returncode == 0, dry.stderr
+    assert "model.safetensors" in dry.stdout and "Would be sent to" in dry.stdout and repo not in hub.repositories
+    nobody = run(*push, HF_TOKEN="", HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
+    assert nobody.returncode == 1 and "the same command goes on" in nobody.stderr
+    done = run(*push, "--private")
+    assert done.returncode == 0, done.stderr
+    assert "Sent:" in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert hub.repositories[repo].private
+    assert run(*push).stdout.splitlines()[-1].startswith("Nothing new to send")
+    listed = run(sys.executable, RECIPE, "--repo_id", repo, "--list")
+    assert listed.stdout.split() == ["v1.0.0", hub.repositories[repo].tags["v1.0.0"]]
+    hf = shutil.which("hf", path=str(Path(sys.executable).parent)) or shutil.which("hf")
+    downloaded = run(hf, "download", repo, "--revision", "v1.0.0", "--local-dir", tmp_path / "there")
+    assert downloaded.returncode == 0, downloaded.stderr
+    for name in ("model.safetensors", "README.md", "custom_generate/generate.py"):
+        assert (tmp_path / "there" / name).read_bytes() == hub.files(repo, "v1.0.0")[name]

@@ -1,0 +1,56 @@
+"""`push_to_hub` of a training: what recipes/push_to_hub.py sends, while it trains and at its end."""
+
+from peft import PeftModel
+from transformers.trainer_utils import HubStrategy
+
+from ..model_cards.publishing import publish, tag_of
+from ..model_cards.repository import check_base_model
+from .checkpoints import SafeTrainer
+
+
+class PublishingTrainer(SafeTrainer):
+    """A trainer whose pushes are speculators with their card and code, in one commit each, tagged at the end."""
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Finds out before the training what would stop a push after it."""
+        if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"`hub_strategy: {self.args.hub_strategy.value}` is not supported: speculators are pushed at the "
+                "`end`, or at `every_save`; optimizer states are not."
+            )
+        if isinstance(self.model, PeftModel):
+            raise ValueError("An adapter can't be pushed as a speculator. Drop `push_to_hub`, and merge it first.")
+        if self.args.hub_version is not None:
+            tag_of(self.args.hub_version)
+        check_base_model(self.model.config.base_model_name_or_path)
+        super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> str | None:
+        """Publishes the speculator, tagged with `hub_version` unless it is `save_model` that pushes.
+
+        Returns:
+            The commit, in the main process.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        version = None if commit_message == "Model save" else self.args.hub_version
+        return self._publish(self.args.output_dir, version, commit_message, token, revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self._publish(checkpoint_folder, None, f"Training in progress, step {self.state.global_step}")
+
+    def _publish(self, folder: str, version: str | None, message: str | None, token=None, revision=None) -> str:
+        branch, token = revision or self.args.hub_revision or "main", token or self.args.hub_token
+        return publish(folder, self.hub_model_id, version, branch=branch, message=message, token=token).commit
