@@ -135,7 +135,8 @@ def training_stages(provenance: dict | None) -> list[dict]:
     machine = provenance["machine"]
     gpus = f"{machine['gpus']} x {machine['gpu']}" if machine.get("gpu") else machine["processor"]
     losses = provenance.get("losses") or []
-    shown = losses[:: max(1, len(losses) // CURVE_POINTS)]
+    n = min(len(losses), CURVE_POINTS)
+    shown = [losses[round(at * (len(losses) - 1) / max(1, n - 1))] for at in range(n)]
     stage = {
         "number": number,
         "what": _STAGES[number],

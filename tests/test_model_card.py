@@ -1,0 +1,103 @@
+"""The card of a speculator, whole, from figures that are given here."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hub_server import problems_of
+from huggingface_hub import ModelCard
+
+from modeling_speculator import MLPSpeculatorConfig
+from modeling_speculator.model_cards import render_card
+
+
+EXPECTED = Path(__file__).with_name("model_card.md")
+MACHINE = {"processor": "a CPU", "threads": 2, "date": "2026-01-02"}
+VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
+
+
+@pytest.fixture
+def config():
+    known = {"base_model_name_or_path": "org/base", "base_model_revision": "c0ffee"}
+    return MLPSpeculatorConfig(vocab_size=100, emb_dim=16, n_predict=2, n_candidates=4, **known)
+
+
+def figures(tokens_per_step, **more):
+    row = {"prompts": 10, "tokens_per_step": tokens_per_step, "tokens_per_step_interval": [1.9, 2.1]}
+    row |= {"tokens_per_step_without_loops": 1.875, "accepted_per_position": [0.7, 0.3]}
+    return row | more
+
+
+ACCEPTANCE = figures(
+    2.0,
+    categories={"humaneval": figures(2.25), "qa": figures(1.5, tokens_per_step_interval=None)},
+    sampled=figures(1.25, tokens_per_step_without_loops=None),
+    settings={"prompts": "some/HumanEval.jsonl.gz", "max_new_tokens": 128, "n_candidates": 4, "n_tree_nodes": None}
+    | {"top_k_tokens_per_head": [5, 3]},
+    machine=MACHINE,
+    versions=VERSIONS,
+)
+CELL = {"prompt_length": 64, "new_tokens": 100, "dtype": "torch.bfloat16", "machine": {"gpu": "a GPU"} | MACHINE}
+CELL |= {"versions": VERSIONS, "outputs": 8, "identical_outputs": 8, "batch_size": 1}
+LATENCY = [
+    CELL | {"method": "generate", "speedup": 1.0, "tokens_per_second": 30.2, "tokens_per_step": 1.0},
+    CELL | {"method": "mtp", "skipped": "the base model has no such layers"},
+    CELL
+    | {"method": "speculator", "n_candidates": 4, "speedup": 1.9, "tokens_per_second": 57.4, "tokens_per_step": 2.0},
+    CELL
+    | {"method": "generate", "prompt_length": 512, "speedup": 1.0, "tokens_per_second": 1, "tokens_per_step": 1.0},
+]
+STAGE_1 = {
+    "arguments": {"stage": 1, "learning_rate": 1e-3, "max_steps": 20, "accelerator_config": {"split_batches": False}},
+    "data": {"dataset": "org/texts", "data_files": None, "sequence_length": 4096, "prompt_length": 64},
+    "machine": {"gpu": "a GPU", "gpus": 8} | MACHINE,
+    "steps": 20,
+    "seconds": 5400.0,
+    "losses": [[step, 10 - step / 4] for step in range(1, 21)],
+}
+STAGE_2 = STAGE_1 | {
+    "arguments": {"stage": 2, "learning_rate": 1e-4, "loss": ["forward_kl"]},
+    "data": {"data_files": ["mine.jsonl", "more.txt"], "prompt_length": 64, "generation_length": 256},
+    "started_from": STAGE_1,
+    "losses": [],
+    "base_model_weights": "0123456789abcdef",
+    "git_revision": "deadbeef",
+    "versions": VERSIONS,
+}
+
+
+def test_the_whole_card(config):
+    card = render_card("org/name", config, 1_234_567, STAGE_2, ACCEPTANCE, LATENCY, license="apache-2.0")
+    assert card == EXPECTED.read_text()
+    assert problems_of(card) == []
+
+
+def test_what_was_not_measured_says_so(config):
+    card = render_card("org/name", config, 2_500_000_000)
+    assert card.count("Not measured.") == 2
+    assert "How it was trained is not known." in card and "2.50 B parameters" in card
+    assert problems_of(card) == []
+    data = ModelCard(card).data.to_dict()
+    assert data["base_model"] == "org/base" and "model-index" not in data and "datasets" not in data
+    assert "license" not in data
+
+
+def test_every_number_of_the_tables_comes_from_the_files(config):
+    """Other figures, another card."""
+    texts = {render_card("org/name", config, 1, STAGE_2, ACCEPTANCE, LATENCY)}
+    for path, value in (
+        (("acceptance", "tokens_per_step"), 9.125),
+        (("acceptance", "sampled", "tokens_per_step"), 9.25),
+        (("acceptance", "categories", "qa", "accepted_per_position"), [0.125, 0.5]),
+        (("latency", 2, "tokens_per_second"), 77.0),
+        (("latency", 2, "speedup"), 7.5),
+        (("provenance", "started_from", "losses", 0, 1), 99.5),
+    ):
+        facts = {"acceptance": ACCEPTANCE, "latency": LATENCY, "provenance": STAGE_2}
+        facts = json.loads(json.dumps(facts))
+        place = facts
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        texts.add(render_card("org/name", config, 1, **facts))
+    assert len(texts) == 7

@@ -1,0 +1,121 @@
+"""The whole way: a speculator is trained beside a base model of the Hub, measured, pushed, and loaded from there."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, Client, HubServer
+from tiny_models import VOCAB, tiny_model, word_tokenizer
+from trainings import arguments, rows, speculator
+
+from modeling_speculator.trainers import SpeculatorTrainer
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    client = Client(hub, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
+
+
+GENERATE = """
+from modeling_speculator import load_speculator_and_base
+from transformers import AutoModel
+speculator, model, tokenizer = load_speculator_and_base("org/trained", revision="v1.1.0")
+texts, steps = [], []
+for drafter in (speculator, AutoModel.from_pretrained(FOLDER, dtype=model.dtype)):
+    out = model.generate(**tokenizer("w1 w2 w3", return_tensors="pt"), assistant_model=drafter, max_new_tokens=30,
+                         do_sample=False, return_dict_in_generate=True)
+    texts.append(out.sequences.tolist())
+    steps.append(list(out.speculation.per_sequence[0].emitted_per_step))
+plain = model.generate(**tokenizer("w1 w2 w3", return_tensors="pt"), max_new_tokens=30, do_sample=False)
+result = [*texts, plain.tolist(), *steps]
+"""
+
+
+def test_trained_measured_pushed_loaded(hub, client, tmp_path):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
+    words = [f"w{n}" for n in range(VOCAB)]
+    word_tokenizer(words).save_pretrained(base)
+    client.run(
+        "from huggingface_hub import HfApi; HfApi().create_repo('org/base')\n"
+        f"HfApi().upload_folder(repo_id='org/base', folder_path={str(base)!r})"
+    )
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
+    env = os.environ | hub.environment(tmp_path / "home")
+
+    def run(script, **flags):
+        command = [sys.executable, str(RECIPES / script)]
+        for name, value in flags.items():
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+
+    train = {"base_model": "org/base", "data_files": tmp_path / "text.txt", "use_cpu": "true", "report_to": "none"}
+    train |= {"per_device_train_batch_size": 4, "save_steps": 2, "max_steps": 4, "logging_steps": 1}
+    train |= {"push_to_hub": "true", "hub_model_id": "org/trained"}
+    new = {"n_predict": 2, "inner_dim": 16, "top_k_tokens_per_head": [3, 2], "n_candidates": 4}
+    run("train_speculator.py", **train, **new, stage=1, sequence_length=32, output_dir=tmp_path / "stage1",
+        hub_revision="nightly")  # fmt: skip
+    repository = hub.repositories["org/trained"]
+    assert repository.tags == {} and len(repository.commits) > 2  # of checkpoints, too
+    assert set(hub.files("org/trained", "main")) == {".gitattributes"}
+    run("train_speculator.py", **train, stage=2, prompt_length=8, generation_length=12, speculator=tmp_path / "stage1",
+        output_dir=tmp_path / "stage2", hub_strategy="end", hub_version="1.0.0")  # fmt: skip
+    sent = hub.files("org/trained", "v1.0.0")
+    assert sent["model.safetensors"] == (tmp_path / "stage2/model.safetensors").read_bytes()
+    assert not [name for name in sent if "checkpoint" in name or name.endswith((".bin", ".pt"))]
+    card = sent["README.md"].decode()
+    assert "**Stage 1**, on text: 4 steps" in card and "**Stage 2**" in card and "| step | 1 | 2 | 3 | 4 |" in card
+    revision = hub.repositories["org/base"].branches["main"]
+    assert json.loads(sent["config.json"])["base_model_revision"] == revision
+    assert f"org/base at commit {revision}" in card
+
+    run("evaluate_acceptance.py", base_model="org/base", speculator=tmp_path / "stage2", max_new_tokens=12,
+        prompts=write(tmp_path / "prompts.txt", "w1 w2 w3\nw4 w5\n"), output=tmp_path / "acceptance")  # fmt: skip
+    run("push_to_hub.py", speculator=tmp_path / "stage2", repo_id="org/trained", version="1.1.0",
+        acceptance=tmp_path / "acceptance/acceptance.json")  # fmt: skip
+    measured = json.loads((tmp_path / "acceptance/acceptance.json").read_text())
+    card = hub.files("org/trained", "v1.1.0")["README.md"].decode()
+    assert f"| greedy | 2 | {measured['tokens_per_step']:.3f} |" in card
+
+    there, here, plain, steps_there, steps_here = client.run(
+        GENERATE.replace("FOLDER", repr(str(tmp_path / "stage2")))
+    )
+    assert there == here == plain
+    assert steps_there == steps_here
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"hub_strategy": "all_checkpoints"}, "`hub_strategy: all_checkpoints` is not supported"),
+        ({"hub_version": "one"}, "three numbers"),
+        ({}, "is no model of the Hub. Push that first"),
+    ],
+)
+def test_what_would_stop_a_push_stops_the_training(options, complaint, llama, tmp_path):
+    """Before it begins, and before the Hub is asked anything."""
+    args = arguments(tmp_path, push_to_hub=True, hub_model_id="org/name", **options)
+    with pytest.raises(ValueError, match=complaint):
+        SpeculatorTrainer(model=speculator(), base_model=llama, args=args, train_dataset=rows(16, 12))
