@@ -1,11 +1,16 @@
 """`push_to_hub` of a training: what recipes/push_to_hub.py sends, while it trains and at its end."""
 
+import logging
+
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 
 from ..model_cards.publishing import publish, tag_of
 from ..model_cards.repository import check_base_model
 from .checkpoints import SafeTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 class PublishingTrainer(SafeTrainer):
@@ -48,8 +53,12 @@ class PublishingTrainer(SafeTrainer):
         return self._publish(self.args.output_dir, version, commit_message, token, revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As far as it goes: a training of hours does not end because the Hub can't be reached for a moment."""
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            self._publish(checkpoint_folder, None, f"Training in progress, step {self.state.global_step}")
+            try:
+                self._publish(checkpoint_folder, None, f"Training in progress, step {self.state.global_step}")
+            except Exception as error:
+                logger.warning("%s was not pushed (%s); the training goes on.", checkpoint_folder, error)
 
     def _publish(self, folder: str, version: str | None, message: str | None, token=None, revision=None) -> str:
         branch, token = revision or self.args.hub_revision or "main", token or self.args.hub_token
