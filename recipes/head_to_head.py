@@ -22,7 +22,6 @@ TIMED = {
     "recurrent": "recurrent_drafter,_KL-0",
 }
 CACHES = [f"{form}:{method}" for form in ("static", "compiled") for method in ("generate", "speculator")]
-LENGTHS = [16, 32, 64, 128, 256, 400]
 
 
 def main() -> None:
@@ -30,9 +29,12 @@ def main() -> None:
     parser.add_argument("--base_model", type=Path, required=True)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of write_corpus.py: train, held_out.jsonl")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, help="to measure on; default: the corpus's held-out texts")
+    parser.add_argument("--dtype", default="auto", help="to measure in; default: as the base model was saved")
     parser.add_argument("--inner_dim", type=int, help="of the speculators; default: sweeps/stage1.yaml's")
     parser.add_argument("--n_candidates", type=int, nargs="+", default=[0, 1, 2, 5, 8, 16, 32])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--prompt_length", type=int, nargs="+", default=[16, 32, 64, 128, 256, 400], help="tokens")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     args = parser.parse_args()
     folder, model = args.output_dir, {"base_model": args.base_model}
@@ -47,7 +49,8 @@ def main() -> None:
         run("quickstart/train_base_model.py", **text, output_dir=draft_model, num_hidden_layers=1)
 
     drafters = {name: trained / variant / "stage2" for name, variant in TIMED.items()}
-    model |= {"speculator": drafters.pop("speculator"), "prompts": args.corpus / "held_out.jsonl"}
+    model |= {"speculator": drafters.pop("speculator"), "dtype": args.dtype}
+    model |= {"prompts": args.prompts or args.corpus / "held_out.jsonl"}
     others = [f"{name}={path}" for name, path in (drafters | {"draft_model": draft_model}).items()]
     timing = {"drafters": others, "max_new_tokens": args.max_new_tokens, "n_prompts": 8, "rounds": 3}
     stock = ["generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash"]
@@ -57,7 +60,7 @@ def main() -> None:
         n_candidates=args.n_candidates, batch_size=args.batch_size, prompt_length=[64, 256],
         output=folder / "n_candidates")  # fmt: skip
     for name, path in ({"speculator": model["speculator"]} | drafters).items():
-        run("evaluate_acceptance.py", **model | {"speculator": path}, prompt_length=LENGTHS, limit=100, temperature=1,
+        run("evaluate_acceptance.py", **model | {"speculator": path}, prompt_length=args.prompt_length, limit=100, temperature=1,
             top_k=10, max_new_tokens=args.max_new_tokens, output=folder / f"acceptance_{name}")  # fmt: skip
     run("tune.py", **model, batch_size=args.batch_size, output=folder / "tuning")
 

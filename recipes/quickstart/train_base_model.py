@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
     parser.add_argument("--max_steps", type=int, default=800)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
     parser.add_argument("--num_hidden_layers", type=int, default=10)
     parser.add_argument("--hidden_size", type=int, default=192)
@@ -63,7 +64,7 @@ def main() -> None:
             output_dir=args.output_dir,
             max_steps=args.max_steps,
             per_device_train_batch_size=8,  # small: at so few tokens, more steps count for more
-            learning_rate=2e-3,
+            learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=40,
             weight_decay=0.1,
