@@ -60,8 +60,9 @@ def main() -> None:
         n_candidates=args.n_candidates, batch_size=args.batch_size, prompt_length=[64, 256],
         output=folder / "n_candidates")  # fmt: skip
     for name, path in ({"speculator": model["speculator"]} | drafters).items():
-        run("evaluate_acceptance.py", **model | {"speculator": path}, prompt_length=args.prompt_length, limit=100, temperature=1,
-            top_k=10, max_new_tokens=args.max_new_tokens, output=folder / f"acceptance_{name}")  # fmt: skip
+        run("evaluate_acceptance.py", **model | {"speculator": path}, prompt_length=args.prompt_length, limit=100,
+            temperature=1, top_k=10, max_new_tokens=args.max_new_tokens,
+            output=folder / f"acceptance_{name}")  # fmt: skip
     run("tune.py", **model, batch_size=args.batch_size, output=folder / "tuning")
 
 
