@@ -1,7 +1,6 @@
 """Speculators to the Hub, in versions: what is sent, in one commit, and the tag on that very commit."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import BytesIO
@@ -9,11 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from packaging.version import InvalidVersion, Version
 
 from .repository import OURS, collect
-
-
-_VERSION = re.compile(r"v?(\d+\.\d+\.\d+(?:[.-]?(?:a|b|rc|alpha|beta|dev|post)[.-]?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def publish(
             f"{repo_id} has a version {tag} with other content. Take a new version, or move this one (`force=True`, "
             "--force): who has pinned it will get something else."
         )
-    known = dict.fromkeys([head, *tags.values()])
+    known = [head] if tag is None else dict.fromkeys([head, *tags.values()])
     commit = next((each for each in known if not _differences(api, repo_id, each, contents)), None)
     is_new = commit is None
     if is_new:
@@ -103,22 +100,28 @@ def publish(
 def list_versions(repo_id: str, token: str | None = None) -> dict[str, str]:
     """{version: commit} of a repository, the newest last."""
     tags = {ref.name: ref.target_commit for ref in HfApi(token=token).list_repo_refs(repo_id).tags}
-    versions = [tag for tag in tags if _VERSION.fullmatch(tag)]
-    return {tag: tags[tag] for tag in sorted(versions, key=lambda tag: [int(n) for n in re.findall(r"\d+", tag)])}
+    return {tag: tags[tag] for tag in sorted(filter(_version, tags), key=_version)}
 
 
 def tag_of(version: str) -> str:
-    match = _VERSION.fullmatch(version)
-    if not match:
+    """Raises a ValueError for what is no version."""
+    parsed = _version(version)
+    if parsed is None or len(parsed.release) != 3:
         raise ValueError(f"A version is three numbers, as 1.0.0 or 1.1.0rc1, not {version!r}.")
-    return f"v{match[1]}"
+    return f"v{parsed}"
+
+
+def _version(name: str) -> Version | None:
+    try:
+        return Version(name)
+    except InvalidVersion:
+        return None
 
 
 def _commit(api: HfApi, repo_id: str, contents: dict, branch: str, head: str, message: str) -> str:
     there = api.list_repo_files(repo_id, revision=head)
     stale = [path for path in there if path not in contents and any(fnmatch(path, kind) for kind in OURS)]
-    operations = [CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
-                  for path, content in contents.items()]  # fmt: skip
+    operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
     operations += [CommitOperationDelete(path) for path in stale]
     try:
         done = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=head)
@@ -133,8 +136,8 @@ def _commit(api: HfApi, repo_id: str, contents: dict, branch: str, head: str, me
 
 def _differences(api: HfApi, repo_id: str, revision: str, contents: dict) -> set[str]:
     """Paths whose content at a revision is another."""
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True)
-             if hasattr(entry, "blob_id")}  # fmt: skip
+    entries = api.list_repo_tree(repo_id, revision=revision, recursive=True)
+    there = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
     stale = {path for path in there if path not in contents and any(fnmatch(path, kind) for kind in OURS)}
     return stale | {path for path, content in contents.items() if not _same(there.get(path), content)}
 

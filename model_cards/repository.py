@@ -19,7 +19,7 @@ from .model_card import render_card
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What earlier versions may have left that a new one does not have.
 OURS = (*WEIGHTS, "*.bin", "*.py", "custom_generate/*", "acceptance.json", "latency.json", "provenance.json")
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z]{30,}\b")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{30,}\b")
 
 
 def collect(
@@ -38,15 +38,18 @@ def collect(
     folder = Path(folder)
     speculator = check_folder(folder)
     config = speculator.config
-    if base_model is not None:
+    if base_model in (None, config.base_model_name_or_path):
+        check_base_model(config.base_model_name_or_path, is_given=base_model is not None)
+        config.base_model_revision = base_model_revision or config.base_model_revision
+    else:
+        check_base_model(base_model, is_given=True)
         config.base_model_name_or_path, config.base_model_revision = base_model, base_model_revision
-    check_base_model(config.base_model_name_or_path)
     provenance = _read(folder / "provenance.json")
     if provenance and provenance.get("base_model") == config.base_model_name_or_path:
         config.base_model_revision = config.base_model_revision or provenance.get("base_model_revision")
     provenance = without_paths(provenance)
     measured = {"acceptance": acceptance, "latency": latency}
-    measured = {name: without_paths(json.loads(Path(path).read_text())) for name, path in measured.items() if path}
+    measured = {name: without_paths(read_measured(name, path)) for name, path in measured.items() if path}
     if "acceptance" in measured:
         check_measured(measured["acceptance"]["settings"], speculator, acceptance)
 
@@ -89,11 +92,15 @@ def check_folder(folder: Path):
     return speculator
 
 
-def check_base_model(name: str | None) -> None:
-    """Raises a ValueError where a base model is no Hub id: nobody else could load it."""
+def check_base_model(name: str | None, is_given: bool = False) -> None:
+    """Raises a ValueError where a base model is no Hub id: nobody else could load it.
+
+    Args:
+        is_given: whether a person calls it one, whatever folders there are.
+    """
     try:
         validate_repo_id(name or "")
-        is_id = name.count("/") == 1 and not Path(name).exists()
+        is_id = name.count("/") == 1 and (is_given or not Path(name).exists())
     except HFValidationError:
         is_id = False
     if not is_id:
@@ -101,6 +108,15 @@ def check_base_model(name: str | None) -> None:
             f"The speculator's base model is {name!r}, which is no model of the Hub. Push that first, and say where: "
             "`base_model`, --base_model ORG/NAME."
         )
+
+
+def read_measured(name: str, path: str | Path) -> dict | list:
+    """Raises a ValueError for a file that is not what the recipe writes."""
+    recipe, kind = {"acceptance": ("evaluate_acceptance.py", dict), "latency": ("benchmark_latency.py", list)}[name]
+    read = _read(Path(path))
+    if not isinstance(read, kind) or (kind is dict and "settings" not in read):
+        raise ValueError(f"{path} is no {name}.json of {recipe}.")
+    return read
 
 
 def check_measured(settings: dict, speculator, file: str | Path) -> None:

@@ -75,8 +75,10 @@ def test_two_versions(hub, client, repo, tmp_path):
     loaded = {version: weights_of(client, repo, f"v{version}") for version in folders}
     assert loaded == {version: weights_of(client, str(folder), None) for version, folder in folders.items()}
     assert loaded["1.0.0"] != loaded["2.0.0"]
+    publish(client, save(tmp_path / "3", seed=3), repo, "2.0.0-rc1")
+    commits = {"1.0.0": commits["1.0.0"], "2.0.0rc1": hub.repositories[repo].branches["main"], **commits}
     listed = client.run(f"from modeling_speculator.model_cards import list_versions; result = list_versions({repo!r})")
-    assert listed == {f"v{version}": commit for version, commit in commits.items()}
+    assert list(listed.items()) == [(f"v{version}", commit) for version, commit in commits.items()]
 
 
 def test_the_same_again(hub, client, repo, tmp_path):
@@ -93,8 +95,10 @@ def test_the_same_again(hub, client, repo, tmp_path):
     assert hub.repositories[repo].branches["main"] == first
     moved, is_new, *_ = publish(client, tmp_path / "b", repo, "1.0.0", force=True)
     assert is_new and hub.repositories[repo].tags == {"v1.0.0": moved, "v1.0.1": first}
-    # What an older version had is found again.
+    # What an older version had is found again; without a version it is the branch that has to have it.
     assert publish(client, tmp_path / "a", repo, "1.0.2")[:2] == [first, False]
+    again, is_new, *_ = publish(client, tmp_path / "a", repo)
+    assert is_new and hub.repositories[repo].branches["main"] == again != first
 
 
 def test_a_branch_for_nightly_work(hub, client, repo, tmp_path):
@@ -171,13 +175,15 @@ def test_nothing_by_accident(hub, client, repo, tmp_path):
         ({"base_model_name_or_path": "outputs/base/model"}, {}, "is no model of the Hub. Push that first"),
         ({"base_model_name_or_path": None}, {}, "is no model of the Hub"),
         ({}, {"acceptance": "of_another.json"}, "was measured with another speculator"),
+        ({}, {"latency": "of_another.json"}, "is no latency.json of benchmark_latency.py"),
+        ({}, {"acceptance": "missing.json"}, "is no acceptance.json of evaluate_acceptance.py"),
     ],
 )
 def test_bad_input(client, repo, options, call, complaint, tmp_path):
     save(tmp_path / "a", **options)
     settings = {"weights": ["x", "y"], "dtype": "torch.float32", "speculator": "z"}
     (tmp_path / "of_another.json").write_text(json.dumps({"settings": settings}))
-    call = {key: str(tmp_path / value) if key == "acceptance" else value for key, value in call.items()}
+    call = {key: value if key == "version" else str(tmp_path / value) for key, value in call.items()}
     with pytest.raises(RuntimeError, match=complaint):
         publish(client, tmp_path / "a", repo, **call)
 
