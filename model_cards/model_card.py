@@ -40,7 +40,7 @@ def render_card(
         pipeline_tag="text-generation",
         license=license,
         tags=TAGS,
-        datasets=sorted({stage["dataset"] for stage in stages if stage["dataset"]}) or None,
+        datasets=sorted({stage["dataset"] for stage in stages if "/" in (stage["dataset"] or "")}) or None,
         model_name=repo_id.split("/")[-1] if acceptance else None,
         eval_results=eval_results(acceptance) if acceptance else None,
     )
@@ -108,8 +108,9 @@ def acceptance_section(acceptance: dict) -> dict:
 
 def latency_section(latency: list[dict]) -> dict:
     """What ran, at the first length of prompts; the numbers of candidates and batch sizes are those of the rows."""
-    first = latency[0]
-    rows = [row for row in latency if "speedup" in row and row["prompt_length"] == first["prompt_length"]]
+    rows = [row for row in latency if "speedup" in row]
+    first = rows[0]
+    rows = [row for row in rows if row["prompt_length"] == first["prompt_length"]]
     lines = ["| | candidates | batch | x generate | tokens/s | tokens per step | same output |", "|---" * 7 + "|"]
     for row in rows:
         cells = [row["method"], row.get("n_candidates"), row["batch_size"], f"{row['speedup']:.2f}"]

@@ -1,16 +1,29 @@
 """Speculators to the Hub, in versions: what is sent, in one commit, and the tag on that very commit."""
 
 import hashlib
+import json
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from io import BytesIO
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from packaging.version import InvalidVersion, Version
 
-from .repository import OURS, collect
+from ..drafters import DRAFTERS
+from .repository import INDEX, collect
+
+
+# What an earlier version may have left that a new one does not have; other people's files stay.
+_OURS = ("model*.safetensors", INDEX, "acceptance.json", "latency.json", "provenance.json")
 
 
 @dataclass(frozen=True)
@@ -21,13 +34,15 @@ class Publication:
     files: {path in the repository: bytes}, all that the version holds.
     left_out: names in the folder that were not sent.
     is_new: whether anything was sent.
+    deleted: what an earlier version had, and this one has not.
     """
 
     url: str
     commit: str | None
     files: dict[str, int]
     left_out: list[str]
-    is_new: bool
+    is_new: bool = False
+    deleted: tuple[str, ...] = ()
 
 
 def publish(
@@ -54,47 +69,101 @@ def publish(
 
     Args:
         folder: of the trained speculator.
+        repo_id: ORG/NAME; made where it is not there.
         version: as "1.0.0", which becomes the tag "v1.0.0"; None: no tag.
         base_model, base_model_revision: Hub id and commit, where the config names a folder or another.
         acceptance, latency: files of evaluate_acceptance.py and benchmark_latency.py, for the card.
+        license: as the Hub writes it ("apache-2.0"), for the card.
         branch: made from main where it is not there.
+        private: of a new repository.
+        message: of the commit and the tag.
         force: moves the tag of a version that is there.
         dry_run: sends nothing, and asks the Hub nothing.
+        token: of the Hub; by default that of `hf auth login`.
 
     Raises:
-        ValueError: for a folder that is no speculator or would leak a secret, figures of another speculator, a version
-            that is there with other content, or one that is none.
+        ValueError: for a folder that is no speculator or would leak a secret, figures of another speculator, a base
+            model that is not on the Hub, a repository of another model, a version that is there with other content, or
+            one that is none.
+        HfHubHTTPError, OSError, RuntimeError: where the Hub can't be reached or refuses. The same call goes on.
     """
     tag = tag_of(version) if version is not None else None
+    check_repo_id(repo_id)
     contents, left_out = collect(folder, repo_id, base_model, base_model_revision, acceptance, latency, license)
     files = {path: _size(content) for path, content in contents.items()}
     if dry_run:
-        return Publication(f"https://huggingface.co/{repo_id}", None, files, left_out, False)
+        return Publication(f"https://huggingface.co/{repo_id}", None, files, left_out)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    check_base_is_there(api, repo_id, json.loads(contents["config.json"]))
+    api.create_repo(repo_id, private=private, exist_ok=True)
     refs = api.list_repo_refs(repo_id)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     if branch not in {ref.name for ref in refs.branches}:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    head = api.repo_info(repo_id, revision=branch).sha
+    head = api.repo_info(repo_id, revision=branch)
+    check_repository(api, repo_id, head, private)
+
+    def published(commit: str, is_new: bool = False, deleted: tuple[str, ...] = ()) -> Publication:
+        return Publication(f"{api.endpoint}/{repo_id}/tree/{commit}", commit, files, left_out, is_new, deleted)
 
     if tag in tags and not force:
-        if not _differences(api, repo_id, tags[tag], contents):
-            return Publication(_url(api, repo_id, tags[tag]), tags[tag], files, left_out, False)
+        if not any(_differences(api, repo_id, tags[tag], contents)):
+            return published(tags[tag])
         raise ValueError(
             f"{repo_id} has a version {tag} with other content. Take a new version, or move this one (`force=True`, "
             "--force): who has pinned it will get something else."
         )
-    known = [head] if tag is None else dict.fromkeys([head, *tags.values()])
-    commit = next((each for each in known if not _differences(api, repo_id, each, contents)), None)
-    is_new = commit is None
-    if is_new:
-        commit = _commit(api, repo_id, contents, branch, head, message or f"Speculator {tag or ''}".strip())
-    if tag is not None and tags.get(tag) != commit:
-        if tag in tags:
-            api.delete_tag(repo_id, tag=tag)
-        api.create_tag(repo_id, tag=tag, revision=commit, tag_message=message)
-    return Publication(_url(api, repo_id, commit), commit, files, left_out, is_new)
+    known = [head.sha] if tag is None else dict.fromkeys([head.sha, *tags.values()])
+    commit = next((each for each in known if not any(_differences(api, repo_id, each, contents))), None)
+    if commit is not None:
+        done = published(commit)
+    else:
+        _, stale = _differences(api, repo_id, head.sha, contents)
+        message_ = message or f"Speculator {tag or ''}".strip()
+        done = published(_commit(api, repo_id, contents, stale, branch, head.sha, message_), True, tuple(stale))
+    if tag is not None and tags.get(tag) != done.commit:
+        _tag(api, repo_id, tag, done.commit, tags.get(tag), message)
+    return done
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises a ValueError for what is no name of a repository with its owner: the card has to name it."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+    if "/" not in repo_id:
+        raise ValueError(f"Say whose repository it is to be: ORG/{repo_id}.")
+
+
+def check_base_is_there(api: HfApi, repo_id: str, config: dict) -> None:
+    """Raises a ValueError where the base model that a config names can't be found on the Hub, or is the repository."""
+    name, revision = config["base_model_name_or_path"], config.get("base_model_revision")
+    if name == repo_id:
+        raise ValueError(f"{repo_id} is the base model. Take another repository for its speculator.")
+    try:
+        api.model_info(name, revision=revision)
+    except GatedRepoError:  # it is there
+        pass
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at {revision}" if revision else ""
+        raise ValueError(
+            f"The Hub has no model {name}{at} that you can see. Push the base model first, and say where it is: "
+            "`base_model`, `base_model_revision`."
+        ) from error
+
+
+def check_repository(api: HfApi, repo_id: str, head, private: bool | None) -> None:
+    """Raises a ValueError where a repository is not what it is taken for."""
+    if private and not head.private:
+        raise ValueError(f"{repo_id} is public already. Make it private in its settings, or drop `private`.")
+    if any(file.rfilename == "config.json" for file in head.siblings):
+        config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=head.sha)).read_text())
+        if config.get("model_type") not in {each.model_type for each in DRAFTERS}:
+            raise ValueError(
+                f"{repo_id} holds a model of type {config.get('model_type')!r}, which would be overwritten. Take "
+                "another repository."
+            )
 
 
 def list_versions(repo_id: str, token: str | None = None) -> dict[str, str]:
@@ -118,43 +187,56 @@ def _version(name: str) -> Version | None:
         return None
 
 
-def _commit(api: HfApi, repo_id: str, contents: dict, branch: str, head: str, message: str) -> str:
-    there = api.list_repo_files(repo_id, revision=head)
-    stale = [path for path in there if path not in contents and any(fnmatch(path, kind) for kind in OURS)]
+def _commit(api: HfApi, repo_id: str, contents: dict, stale: list[str], branch: str, head: str, message: str) -> str:
     operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
     operations += [CommitOperationDelete(path) for path in stale]
     try:
         done = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=head)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 412:
-            raise ValueError(
-                f"{repo_id} was changed by somebody else meanwhile. Look at it, and push again."
-            ) from error
+            raise ValueError(f"{repo_id} was changed by somebody else meanwhile: look, and push again.") from error
         raise
     return done.oid
 
 
-def _differences(api: HfApi, repo_id: str, revision: str, contents: dict) -> set[str]:
-    """Paths whose content at a revision is another."""
+def _tag(api: HfApi, repo_id: str, tag: str, commit: str, before: str | None, message: str | None) -> None:
+    """Tags a commit; a tag that can't be moved stays where it was."""
+    if before is not None:
+        api.delete_tag(repo_id, tag=tag)
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit, tag_message=message)
+    except Exception:
+        if before is not None:
+            api.create_tag(repo_id, tag=tag, revision=before)
+        raise
+
+
+def _differences(api: HfApi, repo_id: str, revision: str, contents: dict) -> tuple[list[str], list[str]]:
+    """What a revision has otherwise or not at all, and what of ours it has that it should not have."""
     entries = api.list_repo_tree(repo_id, revision=revision, recursive=True)
     there = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
-    stale = {path for path in there if path not in contents and any(fnmatch(path, kind) for kind in OURS)}
-    return stale | {path for path, content in contents.items() if not _same(there.get(path), content)}
+    stale = [path for path in there if path not in contents and any(fnmatchcase(path, kind) for kind in _OURS)]
+    stale = [path for path in stale if "/" not in path]
+    return [path for path, content in contents.items() if not _same(there.get(path), content)], stale
 
 
 def _same(entry, content: bytes | Path) -> bool:
     if entry is None or entry.size != _size(content):
         return False
     if entry.lfs is not None:
-        with open(content, "rb") if isinstance(content, Path) else BytesIO(content) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
+        is_file = isinstance(content, Path)
+        sha = _sha256(content, content.stat().st_mtime_ns) if is_file else hashlib.sha256(content).hexdigest()
+        return sha == entry.lfs.sha256
     data = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id
 
 
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    """Once for all versions that it is compared with."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _size(content: bytes | Path) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _url(api: HfApi, repo_id: str, commit: str) -> str:
-    return f"{api.endpoint}/{repo_id}/tree/{commit}"

@@ -2,23 +2,21 @@
 
 import json
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import hub_entry
 from ..benchmarking import digest
+from ..drafters import DRAFTERS
+from ..formats import read_config
 from .model_card import render_card
 
 
-# What is sent of a folder, as it is. Nothing else is: optimizer states, checkpoints, caches, .env stay here.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-# What earlier versions may have left that a new one does not have.
-OURS = (*WEIGHTS, "*.bin", "*.py", "custom_generate/*", "acceptance.json", "latency.json", "provenance.json")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{30,}\b")
 
 
@@ -34,39 +32,30 @@ def collect(
     """What a repository is to hold, {path: content or the file that holds it}, and what of the folder is left out.
 
     The folder's config.json is not changed: code, base model and its commit are added to what is sent.
+
+    Raises:
+        ValueError: as `publish`.
     """
     folder = Path(folder)
     speculator = check_folder(folder)
-    config = speculator.config
-    if base_model in (None, config.base_model_name_or_path):
-        check_base_model(config.base_model_name_or_path, is_given=base_model is not None)
-        config.base_model_revision = base_model_revision or config.base_model_revision
-    else:
-        check_base_model(base_model, is_given=True)
-        config.base_model_name_or_path, config.base_model_revision = base_model, base_model_revision
-    provenance = _read(folder / "provenance.json")
-    if provenance and provenance.get("base_model") == config.base_model_name_or_path:
-        config.base_model_revision = config.base_model_revision or provenance.get("base_model_revision")
-    provenance = without_paths(provenance)
+    config, provenance = speculator.config, _read(folder / "provenance.json")
+    name_base_model(config, provenance, base_model, base_model_revision)
     measured = {"acceptance": acceptance, "latency": latency}
-    measured = {name: without_paths(read_measured(name, path)) for name, path in measured.items() if path}
-    if "acceptance" in measured:
-        check_measured(measured["acceptance"]["settings"], speculator, acceptance)
+    measured = {name: without_paths(read_measured(name, path, speculator)) for name, path in measured.items() if path}
+    provenance = without_paths(provenance)
 
-    contents: dict[str, bytes | Path] = {
-        path.name: path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, kind) for kind in WEIGHTS)
-    }
+    weights = {path.name: path for path in weight_files(folder)}
     parameters = sum(weight.numel() for weight in speculator.parameters())
     card = render_card(repo_id, config, parameters, provenance, **measured, license=license)
+    known = measured | ({"provenance": provenance} if provenance else {})
+    contents: dict[str, bytes | Path] = weights | {f"{name}.json": _json(value) for name, value in known.items()}
     contents["README.md"] = card.encode()
     contents["config.json"] = _json(config.to_diff_dict() | {"auto_map": auto_map(speculator)})
-    known = measured | ({"provenance": provenance} if provenance else {})
-    contents |= {f"{name}.json": _json(value) for name, value in known.items()}
     contents |= code_files()
     for path, content in contents.items():
         if isinstance(content, bytes) and _TOKEN.search(content.decode()):
             raise ValueError(f"{path} would hold what looks like a token of the Hub: look for it in {folder}.")
-    sent = {path.name for path in contents.values() if isinstance(path, Path)} | set(contents)
+    sent = {"config.json", "provenance.json", *weights}
     return contents, sorted(path.name for path in folder.iterdir() if path.name not in sent)
 
 
@@ -74,22 +63,56 @@ def check_folder(folder: Path):
     """The speculator in a folder, which has drafted once.
 
     Raises:
-        ValueError: if it is none, or not in safetensors.
+        ValueError: if it is none, or not in the published form.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no speculator (no config.json). An adapter has to be merged first.")
-    if not any(folder.glob("*.safetensors")):
+    written = _read(folder / "config.json")
+    if type(AutoConfig.from_pretrained(folder)) not in DRAFTERS:
+        raise ValueError(f"{folder} holds a model of type {written.get('model_type')!r}, which is no speculator.")
+    if not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()) or read_config(written) != written:
         raise ValueError(
-            f"{folder} holds no safetensors. Write them: recipes/convert.py --speculator {folder} --to mlp_speculator."
+            f"{folder} is not in the published form, with safetensors. Write it so: recipes/convert.py --speculator "
+            f"{folder} --to mlp_speculator."
         )
     speculator = AutoModel.from_pretrained(folder).eval()
     config = speculator.config
-    states = torch.randn(1, 1, config.emb_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    states = torch.randn(1, 1, config.emb_dim, generator=torch.Generator().manual_seed(0))
     drafts = speculator.float().generate_candidates(states, torch.zeros(1, 1, dtype=torch.long))
     finite = all(bool(weight.isfinite().all()) for weight in speculator.parameters())
     if drafts.shape[1] != config.n_candidates or not finite:
         raise ValueError(f"{folder}: the speculator has weights that are not finite.")
     return speculator
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights, and no other safetensors that lie there: the index and the files that it names, or the only one."""
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    names = sorted(set(_read(folder / INDEX)["weight_map"].values()))
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{folder / INDEX} names files outside of its folder.")
+    return [folder / INDEX, *(folder / name for name in names)]
+
+
+def name_base_model(config, provenance: dict | None, base_model: str | None, revision: str | None) -> None:
+    """Puts the base model and its commit, as far as known, into a config that is going to be sent.
+
+    Raises:
+        ValueError: where nobody else could load it, or the training says another.
+    """
+    trained_for = (provenance or {}).get("base_model")
+    if base_model is None and trained_for not in (None, config.base_model_name_or_path):
+        raise ValueError(
+            f"The config names {config.base_model_name_or_path!r} as base model, but the training was for "
+            f"{trained_for!r}. Say which: `base_model`, --base_model."
+        )
+    if base_model not in (None, config.base_model_name_or_path):
+        config.base_model_name_or_path, config.base_model_revision = base_model, None
+    check_base_model(config.base_model_name_or_path, is_given=base_model is not None)
+    if trained_for == config.base_model_name_or_path:
+        config.base_model_revision = provenance.get("base_model_revision") or config.base_model_revision
+    config.base_model_revision = revision or config.base_model_revision
 
 
 def check_base_model(name: str | None, is_given: bool = False) -> None:
@@ -100,7 +123,7 @@ def check_base_model(name: str | None, is_given: bool = False) -> None:
     """
     try:
         validate_repo_id(name or "")
-        is_id = name.count("/") == 1 and (is_given or not Path(name).exists())
+        is_id = is_given or not Path(name).exists()
     except HFValidationError:
         is_id = False
     if not is_id:
@@ -110,20 +133,26 @@ def check_base_model(name: str | None, is_given: bool = False) -> None:
         )
 
 
-def read_measured(name: str, path: str | Path) -> dict | list:
-    """Raises a ValueError for a file that is not what the recipe writes."""
+def read_measured(name: str, path: str | Path, speculator) -> dict | list:
+    """What a recipe has measured of a speculator.
+
+    Raises:
+        ValueError: for a file that is not what the recipe writes, or figures of other weights.
+    """
     recipe, kind = {"acceptance": ("evaluate_acceptance.py", dict), "latency": ("benchmark_latency.py", list)}[name]
     read = _read(Path(path))
-    if not isinstance(read, kind) or (kind is dict and "settings" not in read):
-        raise ValueError(f"{path} is no {name}.json of {recipe}.")
+    try:
+        if not isinstance(read, kind):
+            raise TypeError
+        if name == "acceptance":
+            known = [(read["settings"]["weights"][1], read["settings"]["dtype"])]
+        else:  # every drafter's rows have a digest, the speculator's among them
+            known = [(row["weights"], row["dtype"]) for row in read if "speedup" in row and "n_candidates" in row]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is no {name}.json of {recipe}.") from error
+    if not any(digest(speculator.to(_dtype(dtype))) == measured for measured, dtype in known):
+        raise ValueError(f"{path} was measured with another speculator. Measure this one: {recipe}.")
     return read
-
-
-def check_measured(settings: dict, speculator, file: str | Path) -> None:
-    """Raises a ValueError where figures are those of other weights."""
-    dtype = getattr(torch, settings["dtype"].removeprefix("torch."))
-    if digest(speculator.to(dtype)) != settings["weights"][1]:
-        raise ValueError(f"{file} was measured with another speculator, {settings['speculator']}. Measure this one.")
 
 
 def without_paths(value):
@@ -139,10 +168,16 @@ def without_paths(value):
 
 
 def auto_map(speculator) -> dict[str, str]:
-    """Where a repository's own code has its classes."""
-    entry = Path(hub_entry.__file__).stem
+    """Where a repository's own code has its classes.
+
+    Raises:
+        ValueError: for a drafter of somebody's own, whose code is not part of this package.
+    """
     names = {"AutoConfig": type(speculator.config).__name__, "AutoModel": type(speculator).__name__}
-    return {auto: f"{entry}.{name}" for auto, name in names.items()}
+    for name in names.values():
+        if not hasattr(hub_entry, name):
+            raise ValueError(f"{name} is not part of this package, so its code would not be sent.")
+    return {auto: f"{Path(hub_entry.__file__).stem}.{name}" for auto, name in names.items()}
 
 
 def code_files() -> dict[str, Path]:
@@ -152,6 +187,10 @@ def code_files() -> dict[str, Path]:
     return {path.name: path for path in needed} | {
         "custom_generate/generate.py": entry.with_name("custom_generate.py")
     }
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def _read(path: Path):

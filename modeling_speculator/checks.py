@@ -90,18 +90,25 @@ def check_models(model, speculator) -> None:
 def warn_of_another_base(model, speculator) -> None:
     """Says once where a speculator was trained for a base model of another name: it would draft badly."""
     trained_for = getattr(speculator.config, "base_model_name_or_path", None)
-    names = [_last_name(name or "") for name in (trained_for, model.config.name_or_path)]
-    if all(names) and names[0] != names[1]:
+    names = [_hub_name(name) for name in (trained_for, model.config.name_or_path) if name]
+    if (
+        len(names) == 2
+        and names[0] != names[1]
+        and (all("/" in name for name in names) or names[0].split("/")[-1] != names[1].split("/")[-1])
+    ):
         logger.warning_once(
             f"The speculator was trained for {trained_for}, but drafts for {model.config.name_or_path}. The output is "
             "right all the same, but fewer drafts will be accepted."
         )
 
 
-def _last_name(name: str) -> str:
-    """Of a Hub id, or of a folder, one of the Hub's cache too, what both call the model."""
-    in_cache = re.search(r"models--[^/]*--([^/]+?)/snapshots/", name)
-    return (in_cache[1] if in_cache else Path(name).name).lower()
+def _hub_name(name: str) -> str:
+    """Of a Hub id, also where it lies in the Hub's cache, the id; of another folder its last name."""
+    in_cache = re.search(r"models--(.+?)--(.+?)/snapshots/", name)
+    if in_cache:
+        return f"{in_cache[1]}/{in_cache[2]}".lower()
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return name.lower() if is_id else Path(name).name.lower()
 
 
 def rope_types(config) -> set[str]:

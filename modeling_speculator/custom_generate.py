@@ -6,11 +6,12 @@ model.generate(**inputs, assistant_model=speculator, custom_generate="org/name",
 import importlib
 
 
-def generate(model, assistant_model=None, **kwargs):
+def generate(model, assistant_model=None, revision=None, token=None, cache_dir=None, **kwargs):
     """`model.generate(assistant_model=...)`, with the code that the speculator was loaded with.
 
     Args:
         assistant_model: a speculator, of `AutoModel.from_pretrained("org/name", trust_remote_code=True)`.
+        revision, token, cache_dir: with which this file was found.
         kwargs: of `generate`.
     """
     if not hasattr(assistant_model, "generate_candidates"):

@@ -37,7 +37,7 @@ def load_speculator_and_base(
         raise ValueError(
             f"{name} does not say which base model it is for (`base_model_name_or_path`): load both apart."
         )
-    if not Path(name).is_dir():
+    if not Path(name).is_dir() or hasattr(config, "auto_map"):  # downloaded, or a copy of what was pushed
         check_is_hub_id(base_name, name)
     base_model, tokenizer = load_base_model(base_name, dtype, device_map, getattr(config, "base_model_revision", None))
     return load_drafter(name, base_model, revision), base_model, tokenizer

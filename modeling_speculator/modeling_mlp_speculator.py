@@ -107,7 +107,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             provenance = Path(self.name_or_path) / "provenance.json"
-            if provenance.is_file():
+            if self.name_or_path and provenance.is_file():
                 shutil.copy(provenance, folder)
             return publishing.publish(
                 folder, repo_id, version, branch=revision or "main", message=commit_message, **options

@@ -51,7 +51,8 @@ def main() -> None:
     texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in prompts]
     settings = {key: value for key, value in vars(args).items() if key not in ("output", *AXES)}
     settings |= {"dials": {name: dials_of(each) for name, each in drafters.items() if is_drafter(each)}}
-    settings |= {"weights": [digest(each) for each in (model, *drafters.values())], "texts": digest_of(prompts)}
+    weights = {name: digest(each) for name, each in drafters.items()}
+    settings |= {"weights": [digest(model), *weights.values()], "texts": digest_of(prompts)}
     settings |= {"versions": versions(), "machine": machine(with_date=False)}
     file = RecordFile(args.output / "latency.jsonl", settings)
     for batch_size, length in product(args.batch_size, args.prompt_length):
@@ -71,7 +72,11 @@ def main() -> None:
         measured = measure_latency(model, ways, batches, args.max_new_tokens, args.rounds)
         about = {"base_model": args.base_model, "dtype": str(model.dtype), "versions": versions()}
         about |= {"machine": machine()}
-        file.add([{"cell": cell, "rows": [row | cell | about for row in measured]}])
+        for row in measured:
+            row |= cell | about
+            if (drafter := row["method"].rpartition(":")[2]) in weights:
+                row["weights"] = weights[drafter]
+        file.add([{"cell": cell, "rows": measured}])
         print(tabulate(file.records[-1]["rows"]), flush=True)
     rows = [row for record in file.records for row in record["rows"]]
     (args.output / "latency.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -4,8 +4,8 @@ python recipes/convert.py --speculator outputs/quickstart/speculator --to arctic
 python recipes/convert.py --speculator Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct --to mlp_speculator \\
     --output outputs/llama3.1-8b
 
-mlp_speculator: the published form (safetensors), which this package, vLLM up to 0.9.2 and TGI know. arctic: that of
-Arctic Inference, which serves its speculators in vLLM.
+mlp_speculator: the published form, in safetensors. This package knows it, and so do vLLM up to 0.9.2 and TGI, but for
+gated ones. arctic: that of Arctic Inference, which serves either in vLLM.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel
 
-import modeling_speculator  # noqa: F401  (registers the model types)
+from modeling_speculator.drafters import DRAFTERS
 from modeling_speculator.formats import save_arctic
+from modeling_speculator.loading import check_is_hub_id
 
 
 def main() -> None:
@@ -27,23 +28,29 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.is_dir() and any(args.output.iterdir()):
         parser.error(f"{args.output} is not empty: take a new folder.")
+    config = AutoConfig.from_pretrained(args.speculator, revision=args.revision)
+    if type(config) not in DRAFTERS:
+        parser.error(f"{args.speculator} is a model of type {config.model_type!r}, no speculator.")
     speculator = AutoModel.from_pretrained(args.speculator, revision=args.revision)
+    vars(speculator.config).pop("auto_map", None)  # of code that is not written along
     if args.to == "mlp_speculator":
         speculator.save_pretrained(args.output)
     else:
-        save_arctic(speculator, args.output, args.base_model_archs or architectures_of_base(speculator.config))
+        save_arctic(speculator, args.output, args.base_model_archs or architectures_of_base(args.speculator, config))
     AutoModel.from_pretrained(args.output)  # what was written loads
     print(f"Written: {', '.join(str(path) for path in sorted(args.output.iterdir()))}")
 
 
-def architectures_of_base(config) -> list[str]:
+def architectures_of_base(speculator: str, config) -> list[str]:
     """Of the base model that a speculator was trained for, as its config names it."""
-    known = getattr(config, "base_model_archs", None)
+    known, name = getattr(config, "base_model_archs", None), config.base_model_name_or_path
     if known:
         return known
-    if config.base_model_name_or_path is None:
+    if name is None:
         raise ValueError("The speculator does not say which base model it is for: give --base_model_archs.")
-    return AutoConfig.from_pretrained(config.base_model_name_or_path).architectures
+    if not Path(speculator).is_dir():
+        check_is_hub_id(name, speculator)
+    return AutoConfig.from_pretrained(name, revision=config.base_model_revision).architectures
 
 
 if __name__ == "__main__":

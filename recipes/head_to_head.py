@@ -7,12 +7,15 @@ An hour and a half on two CPU cores, with nothing else running. Killed and run a
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoConfig
 
-RECIPES = Path(__file__).parent
+
+RECIPES = Path(os.path.relpath(Path(__file__).parent))  # as it is written into results
 SWEEP = RECIPES / "sweeps/drafters.yaml"
 # What is timed of what was trained: each drafter with the better loss, of the first seed.
 TIMED = {
@@ -46,7 +49,8 @@ def main() -> None:
     draft_model = folder / "draft_model"
     if not (draft_model / "trainer_state.json").is_file():  # what the training writes last
         text = {"corpus": args.corpus / "train.jsonl", "tokenizer": args.base_model}
-        run("quickstart/train_base_model.py", **text, output_dir=draft_model, num_hidden_layers=1)
+        width = AutoConfig.from_pretrained(args.base_model).hidden_size
+        run("quickstart/train_base_model.py", **text, output_dir=draft_model, num_hidden_layers=1, hidden_size=width)
 
     drafters = {name: trained / variant / "stage2" for name, variant in TIMED.items()}
     model |= {"speculator": drafters.pop("speculator"), "dtype": args.dtype}

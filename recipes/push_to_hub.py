@@ -4,31 +4,34 @@ python recipes/push_to_hub.py --speculator outputs/llama2-7b/stage2 --repo_id my
     --version 1.0.0 --acceptance outputs/acceptance/acceptance.json --latency outputs/latency/latency.json
 python recipes/push_to_hub.py --repo_id my-org/llama2-7b-speculator --list
 
-Log in first (`hf auth login`). Interrupted and run again, it goes on; earlier versions are never touched.
+Log in first (`hf auth login`). Interrupted and run again, it goes on. Only --force moves a version that is there.
 """
 
 import argparse
 import sys
-
-from huggingface_hub.errors import HfHubHTTPError
 
 from modeling_speculator.model_cards import list_versions, publish
 
 
 def main() -> None:
     args = parse_args()
-    if args.list:
-        for version, commit in list_versions(args.repo_id).items():
-            print(version, commit)
-        return
     options = {key: value for key, value in vars(args).items() if key not in ("speculator", "repo_id", "list")}
     try:
-        done = publish(args.speculator, args.repo_id, **options)
-    except HfHubHTTPError as error:
-        sys.exit(f"{error}\nThe push did not end. What was on the Hub is as it was; the same command goes on.")
+        if args.list:
+            versions = list_versions(args.repo_id)
+        else:
+            done = publish(args.speculator, args.repo_id, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # of the Hub, of its client, or of the network
+        sys.exit(f"{error}\nThe Hub was not reached to the end. The same command goes on from there.")
+    if args.list:
+        print("\n".join(f"{version} {commit}" for version, commit in versions.items()))
+        return
     print("\n".join(f"{size:>13,}  {path}" for path, size in sorted(done.files.items())))
-    if done.left_out:
-        print(f"Left out of {args.speculator}: {', '.join(done.left_out)}")
+    for what, names in ((f"Left out of {args.speculator}", done.left_out), ("Deleted there", done.deleted)):
+        if names:
+            print(f"{what}: {', '.join(names)}")
     what = "Would be sent to" if args.dry_run else "Sent:" if done.is_new else "Nothing new to send; it is there:"
     print(f"{what} {done.url}" + (f" (version {args.version})" if args.version else ""))
 

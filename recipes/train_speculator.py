@@ -63,7 +63,7 @@ def main() -> None:
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # which pushes nothing; that is done below
     trainer.save_metrics("train", result.metrics)
     if validation_rows is not None:
         metrics = trainer.evaluate()

@@ -187,10 +187,17 @@ def test_provenance_lies_beside_the_weights(tmp_path, llama, make_trainer):
         assert {"torch", "transformers", "modeling-speculator"} <= found["versions"].keys()
         assert {"base_model", "base_model_revision", "git_revision", "machine", "seconds"} <= found.keys()
         assert "secret" not in text and str(tmp_path) not in text
-    seconds = found["seconds"]
-    longer = make_trainer(llama, arguments(tmp_path, max_steps=6))
-    longer.train(resume_from_checkpoint=True)
-    assert longer.seconds_before == pytest.approx(
-        json.loads((tmp_path / "checkpoint-4/provenance.json").read_text())["seconds"]
-    )
-    assert longer.seconds_before <= seconds
+    text = (tmp_path / "provenance.json").read_text()
+    trainer.save_model()
+    assert (tmp_path / "provenance.json").read_text() == text  # the time after a training is not training
+
+
+def test_the_time_before_an_interruption_counts(tmp_path, llama, make_trainer):
+    make_trainer(llama, arguments(tmp_path)).train()
+    file = tmp_path / "checkpoint-4/provenance.json"
+    seconds = json.loads(file.read_text())["seconds"]
+    # Long ago, in a file of the same size: the checkpoint is to stay complete.
+    file.write_text(file.read_text().replace(f'"seconds": {seconds}', f'"seconds": 9{str(seconds)[1:]}'))
+    trainer = make_trainer(llama, arguments(tmp_path, max_steps=6))
+    trainer.train(resume_from_checkpoint=True)
+    assert 9 <= trainer.seconds < 60

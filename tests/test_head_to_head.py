@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from tiny_models import tiny_model
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -25,10 +26,11 @@ def commands(monkeypatch, tmp_path):
     """What it runs, as argument lists."""
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
-    flags = ["--base_model", "model", "--corpus", "corpus", "--output_dir", str(tmp_path)]
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    flags = ["--base_model", str(tmp_path / "model"), "--corpus", "corpus", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["head_to_head.py", *flags, "--n_candidates", "0", "5", "--batch_size", "1", "4"])
     load("head_to_head.py").main()
-    return [[Path(command[1]).relative_to(RECIPES).as_posix(), *command[2:]] for command in ran]
+    return [[Path(command[1]).resolve().relative_to(RECIPES).as_posix(), *command[2:]] for command in ran]
 
 
 def test_its_steps_are_commands_that_exist(commands, monkeypatch):

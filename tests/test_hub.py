@@ -15,6 +15,7 @@ from hub_server import TOKEN, Client, HubServer, problems_of
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.formats import save_arctic
 
 
 RECIPE = Path(__file__).parents[1] / "recipes/push_to_hub.py"
@@ -28,8 +29,9 @@ def hub():
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    """A process of a user who is logged in."""
+    """A process of a user who is logged in, and whose base model is on the Hub."""
     client = Client(hub, tmp_path_factory.mktemp("home"))
+    client.run("from huggingface_hub import HfApi; HfApi().create_repo('org/base')")
     yield client
     client.close()
 
@@ -93,8 +95,12 @@ def test_the_same_again(hub, client, repo, tmp_path):
     with pytest.raises(RuntimeError, match="ValueError: .* has a version v1.0.0 with other content"):
         publish(client, tmp_path / "b", repo, "1.0.0")
     assert hub.repositories[repo].branches["main"] == first
-    moved, is_new, *_ = publish(client, tmp_path / "b", repo, "1.0.0", force=True)
-    assert is_new and hub.repositories[repo].tags == {"v1.0.0": moved, "v1.0.1": first}
+    hub.fail("/tag/", status=500, times=1, method="POST")  # a tag that can't be moved stays where it was
+    with pytest.raises(RuntimeError):
+        publish(client, tmp_path / "b", repo, "1.0.0", force=True)
+    assert hub.repositories[repo].tags == {"v1.0.0": first, "v1.0.1": first}
+    moved, *_ = publish(client, tmp_path / "b", repo, "1.0.0", force=True)
+    assert moved != first and hub.repositories[repo].tags == {"v1.0.0": moved, "v1.0.1": first}
     # What an older version had is found again; without a version it is the branch that has to have it.
     assert publish(client, tmp_path / "a", repo, "1.0.2")[:2] == [first, False]
     again, is_new, *_ = publish(client, tmp_path / "a", repo)
@@ -148,7 +154,8 @@ def test_too_many_requests_are_made_later(hub, client, repo, tmp_path):
 def test_nothing_by_accident(hub, client, repo, tmp_path):
     folder = save(tmp_path / "a")
     (folder / "checkpoint-3").mkdir()
-    secrets = ("optimizer.pt", "training_args.bin", ".env", "notes.txt", "checkpoint-3/model.safetensors")
+    secrets = ("optimizer.pt", "training_args.bin", ".env", "notes.txt", "other.safetensors")
+    secrets += ("checkpoint-3/model.safetensors",)
     for name in secrets:
         (folder / name).write_bytes(b"secret")
     facts = {"data": {"data_files": [str(tmp_path / "mine/texts.jsonl")]}, "arguments": {}, "steps": 3, "seconds": 1}
@@ -157,8 +164,9 @@ def test_nothing_by_accident(hub, client, repo, tmp_path):
     _, _, files, left_out = publish(client, folder, repo, "1.0.0")
     sent = hub.files(repo, "v1.0.0")
     assert sorted(set(sent) - {".gitattributes"}) == files
-    assert not [name for name in sent if Path(name).name in {Path(secret).name for secret in secrets[:4]}]
-    assert left_out == [".env", "checkpoint-3", "notes.txt", "optimizer.pt", "training_args.bin"]
+    assert not [name for name in sent if Path(name).name in {Path(secret).name for secret in secrets[:5]}]
+    names = [".env", "checkpoint-3", "notes.txt", "optimizer.pt", "other.safetensors", "training_args.bin"]
+    assert left_out == names
     everything = b"\n".join(sent.values())
     assert str(tmp_path).encode() not in everything and TOKEN.encode() not in everything
     assert json.loads(sent["provenance.json"])["data"]["data_files"] == ["texts.jsonl"]
@@ -174,6 +182,8 @@ def test_nothing_by_accident(hub, client, repo, tmp_path):
         ({}, {"version": "1.0"}, "three numbers, as 1.0.0"),
         ({"base_model_name_or_path": "outputs/base/model"}, {}, "is no model of the Hub. Push that first"),
         ({"base_model_name_or_path": None}, {}, "is no model of the Hub"),
+        ({"base_model_name_or_path": "org/nobody"}, {}, "The Hub has no model org/nobody that you can see"),
+        ({}, {"base_model_revision": "0000"}, "The Hub has no model org/base at 0000"),
         ({}, {"acceptance": "of_another.json"}, "was measured with another speculator"),
         ({}, {"latency": "of_another.json"}, "is no latency.json of benchmark_latency.py"),
         ({}, {"acceptance": "missing.json"}, "is no acceptance.json of evaluate_acceptance.py"),
@@ -183,9 +193,56 @@ def test_bad_input(client, repo, options, call, complaint, tmp_path):
     save(tmp_path / "a", **options)
     settings = {"weights": ["x", "y"], "dtype": "torch.float32", "speculator": "z"}
     (tmp_path / "of_another.json").write_text(json.dumps({"settings": settings}))
-    call = {key: value if key == "version" else str(tmp_path / value) for key, value in call.items()}
+    files = ("acceptance", "latency")
+    call = {key: str(tmp_path / value) if key in files else value for key, value in call.items()}
     with pytest.raises(RuntimeError, match=complaint):
         publish(client, tmp_path / "a", repo, **call)
+
+
+def test_a_repository_of_something_else(hub, client, repo, base, tmp_path):
+    """Is refused; and other people's files in ours stay."""
+    save(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="org/base is the base model"):
+        publish(client, tmp_path / "a", "org/base")
+    client.run(
+        f"from huggingface_hub import HfApi; HfApi().create_repo({repo!r})\n"
+        f"HfApi().upload_folder(repo_id={repo!r}, folder_path={str(base)!r})"
+    )
+    before = hub.files(repo)
+    with pytest.raises(RuntimeError, match="holds a model of type 'llama', which would be overwritten"):
+        publish(client, tmp_path / "a", repo)
+    assert hub.files(repo) == before
+    with pytest.raises(RuntimeError, match="Say whose repository it is to be: ORG/name"):
+        publish(client, tmp_path / "a", "name")
+    publish(client, tmp_path / "a", f"{repo}-ours")
+    client.run(
+        "from huggingface_hub import HfApi\n"
+        "for name in ('handler.py', 'examples/demo.py', 'examples/model.safetensors'):\n"
+        f"    HfApi().upload_file(path_or_fileobj=b'x', path_in_repo=name, repo_id='{repo}-ours')"
+    )
+    save(tmp_path / "b", seed=7)
+    publish(client, tmp_path / "b", f"{repo}-ours", "1.0.0")
+    assert {"handler.py", "examples/demo.py", "examples/model.safetensors"} <= hub.files(
+        f"{repo}-ours", "v1.0.0"
+    ).keys()
+    with pytest.raises(RuntimeError, match="is public already"):
+        publish(client, tmp_path / "b", f"{repo}-ours", private=True)
+
+
+def test_weights_in_several_files(hub, client, repo, tmp_path):
+    """Sent by their index; those of an older version go."""
+    whole, parts = save(tmp_path / "whole"), tmp_path / "parts"
+    client.run(
+        "import modeling_speculator; from transformers import AutoModel\n"
+        f"AutoModel.from_pretrained({str(whole)!r}).save_pretrained({str(parts)!r}, max_shard_size='20KB')"
+    )
+    shutil.copy(whole / "model.safetensors", parts)  # of an earlier save
+    *_, left_out = publish(client, parts, repo, "1.0.0")
+    assert left_out == ["model.safetensors"]
+    assert weights_of(client, repo, "v1.0.0") == weights_of(client, str(whole), None)
+    publish(client, whole, repo, "2.0.0")
+    assert [name for name in hub.files(repo, "v2.0.0") if "safetensors" in name] == ["model.safetensors"]
+    assert weights_of(client, repo, "v2.0.0") == weights_of(client, str(whole), None)
 
 
 def test_a_folder_that_is_no_speculator(client, repo, tmp_path):
@@ -193,8 +250,15 @@ def test_a_folder_that_is_no_speculator(client, repo, tmp_path):
         publish(client, tmp_path, repo)
     save(tmp_path / "a")
     (tmp_path / "a/model.safetensors").rename(tmp_path / "a/pytorch_model.bin")
-    with pytest.raises(RuntimeError, match="holds no safetensors. Write them: recipes/convert.py"):
+    with pytest.raises(RuntimeError, match="not in the published form.* Write it so: recipes/convert"):
         publish(client, tmp_path / "a", repo)
+    tiny_model("llama").save_pretrained(tmp_path / "b")
+    with pytest.raises(RuntimeError, match="holds a model of type 'llama', which is no speculator"):
+        publish(client, tmp_path / "b", repo)
+    torch.manual_seed(0)
+    save_arctic(MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32)), tmp_path / "c", ["L"])
+    with pytest.raises(RuntimeError, match="not in the published form"):
+        publish(client, tmp_path / "c", repo)
 
 
 def test_from_python(hub, client, repo, tmp_path):
@@ -215,8 +279,7 @@ def base(client, tmp_path_factory):
     tiny_model("llama").save_pretrained(folder)
     character_tokenizer(eos_token="z").save_pretrained(folder)
     client.run(
-        "from huggingface_hub import HfApi; HfApi().create_repo('org/base', exist_ok=True)\n"
-        f"HfApi().upload_folder(repo_id='org/base', folder_path={str(folder)!r})"
+        f"from huggingface_hub import HfApi; HfApi().upload_folder(repo_id='org/base', folder_path={str(folder)!r})"
     )
     return folder
 
@@ -236,9 +299,10 @@ def test_both_models_by_one_name(hub, client, base, repo, tmp_path):
     tokens = character_tokenizer(eos_token="z")("abc", return_tensors="pt")
     assert tiny_model("llama").generate(**tokens, max_new_tokens=9, do_sample=False).tolist() == texts
     # Offline, from the cache.
+    hub.requests.clear()
     client.run("import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True")
     try:
-        assert client.run(load)[0] == texts
+        assert client.run(load)[0] == texts and not hub.requests
     finally:
         client.run("import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = False")
 
@@ -307,7 +371,7 @@ def test_without_the_package(hub, client, base, repo, method, tmp_path):
 
 def test_the_commands(hub, base, repo, tmp_path):
     env = os.environ | hub.environment(tmp_path / "home")
-    save(tmp_path / "a")
+    save(tmp_path / "a", seed=300)
 
     def run(*command, **more):
         return subprocess.run(list(map(str, command)), env=env | more, capture_output=True, text=True)
@@ -317,7 +381,11 @@ def test_the_commands(hub, base, repo, tmp_path):
     assert dry.returncode == 0, dry.stderr
     assert "model.safetensors" in dry.stdout and "Would be sent to" in dry.stdout and repo not in hub.repositories
     nobody = run(*push, HF_TOKEN="", HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
-    assert nobody.returncode == 1 and "the same command goes on" in nobody.stderr
+    assert nobody.returncode == 1 and "The same command goes on" in nobody.stderr
+    hub.fail("/lfs/", status=None, times=50, method="PUT")
+    cut = run(*push, "--private", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    hub.faults.clear()
+    assert cut.returncode == 1 and "the same command goes on" in cut.stderr.lower() and "Traceback" not in cut.stderr
     done = run(*push, "--private")
     assert done.returncode == 0, done.stderr
     assert "Sent:" in done.stdout and TOKEN not in done.stdout + done.stderr

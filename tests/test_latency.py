@@ -12,7 +12,7 @@ from drafters import Oracle
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MedusaConfig, MedusaModel, MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import seconds_in_turn
+from modeling_speculator.benchmarking import digest, seconds_in_turn
 from modeling_speculator.latency import measure_latency
 from modeling_speculator.methods import expand_methods
 from modeling_speculator.modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
@@ -196,6 +196,8 @@ def test_the_command(tmp_path, drafters):
     measured = [row for row in rows if row["method"] != "prompt_lookup"]
     more = {"tokens_per_second", "tokens_per_step", "speedup"}
     assert all(more <= row.keys() for row in measured)
+    weights = {(row["method"], row.get("weights")) for row in rows if "weights" in row}
+    assert weights == {(name, digest(drafters[name])) for name in ("speculator", "medusa")}
     cells = [(row["method"], row["batch_size"], row["prompt_length"]) for row in rows]
     names = ["generate", "prompt_lookup", "medusa", "speculator"]
     assert sorted(cells) == sorted((name, size, length) for name in names for size in (1, 2) for length in (4, 8))

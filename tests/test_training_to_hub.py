@@ -58,12 +58,12 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
     env = os.environ | hub.environment(tmp_path / "home")
 
-    def run(script, **flags):
+    def run(script, returncode=0, **flags):
         command = [sys.executable, str(RECIPES / script)]
         for name, value in flags.items():
             command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == returncode, done.stderr
         assert TOKEN not in done.stdout + done.stderr
         return done.stderr
 
@@ -80,6 +80,9 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
     assert set(hub.files("org/trained", "main")) == {".gitattributes"}
     run("train_speculator.py", **train, stage=2, prompt_length=8, generation_length=12, speculator=tmp_path / "stage1",
         output_dir=tmp_path / "stage2", hub_strategy="end", hub_version="1.0.0")  # fmt: skip
+    log = run("train_speculator.py", returncode=1, **train, **new, stage=1, sequence_length=32, hub_version="1.0.0",
+              output_dir=tmp_path / "again")  # fmt: skip
+    assert "ValueError: org/trained has a version v1.0.0 already" in log and not (tmp_path / "again").exists()
     sent = hub.files("org/trained", "v1.0.0")
     assert sent["model.safetensors"] == (tmp_path / "stage2/model.safetensors").read_bytes()
     assert not [name for name in sent if "checkpoint" in name or name.endswith((".bin", ".pt"))]
@@ -112,7 +115,8 @@ def write(path, text):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"hub_strategy": "all_checkpoints"}, "`hub_strategy: all_checkpoints` is not supported"),
+        ({"hub_strategy": "all_checkpoints"}, "pushed at the `end`, or at `every_save`"),
+        ({"hub_always_push": True}, "drop `hub_always_push`"),
         ({"hub_version": "one"}, "three numbers"),
         ({}, "is no model of the Hub. Push that first"),
     ],

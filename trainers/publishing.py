@@ -5,9 +5,9 @@ import logging
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 
-from ..model_cards.publishing import publish, tag_of
+from ..model_cards.publishing import list_versions, publish, tag_of
 from ..model_cards.repository import check_base_model
-from .checkpoints import SafeTrainer
+from .checkpoints import SafeTrainer, latest_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -17,18 +17,23 @@ class PublishingTrainer(SafeTrainer):
     """A trainer whose pushes are speculators with their card and code, in one commit each, tagged at the end."""
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """Finds out before the training what would stop a push after it."""
-        if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        """Finds out before the training what would stop a push after it, as far as that can be known."""
+        if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE) or self.args.hub_always_push:
             raise ValueError(
-                f"`hub_strategy: {self.args.hub_strategy.value}` is not supported: speculators are pushed at the "
-                "`end`, or at `every_save`; optimizer states are not."
+                "Speculators are pushed at the `end`, or at `every_save`, while the training waits; optimizer states "
+                "are not. Set `hub_strategy` to one of them, and drop `hub_always_push`."
             )
         if isinstance(self.model, PeftModel):
             raise ValueError("An adapter can't be pushed as a speculator. Drop `push_to_hub`, and merge it first.")
-        if self.args.hub_version is not None:
-            tag_of(self.args.hub_version)
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and "FULL" not in str(fsdp.state_dict_type):
+            raise ValueError("What is pushed are whole weights: set `fsdp_state_dict_type: FULL_STATE_DICT`.")
+        tag = tag_of(self.args.hub_version) if self.args.hub_version is not None else None
         check_base_model(self.model.config.base_model_name_or_path)
         super().init_hf_repo(*args, **kwargs)
+        if tag is not None and self.is_world_process_zero() and latest_checkpoint(self.args.output_dir) is None:
+            if tag in list_versions(self.hub_model_id, self.args.hub_token):
+                raise ValueError(f"{self.hub_model_id} has a version {tag} already. Set another `hub_version`.")
 
     def push_to_hub(
         self,

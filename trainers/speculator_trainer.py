@@ -106,7 +106,7 @@ class SpeculatorTrainer(PublishingTrainer):
             self.generation_seed,
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
-        self.facts, self.seconds_before, self.started = facts, 0.0, time.perf_counter()
+        self.facts, self.seconds, self.started = facts, 0.0, None  # seconds of training, but for those since `started`
         self._divisor = None  # of the sums of losses of a step's micro-batches
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -189,9 +189,10 @@ class SpeculatorTrainer(PublishingTrainer):
         checkpoint = (
             latest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         )
-        self.seconds_before = seconds_in(checkpoint) if checkpoint else 0.0
+        self.seconds = seconds_in(checkpoint) if checkpoint else 0.0
         self.started = time.perf_counter()
         result = super().train(checkpoint, *args, **kwargs)
+        self.seconds, self.started = self._seconds(), None
         self._read_window()  # of the steps since the last log
         return result
 
@@ -207,14 +208,16 @@ class SpeculatorTrainer(PublishingTrainer):
         """Saves the speculator, and beside it where it comes from."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            seconds = self.seconds_before + time.perf_counter() - self.started
             best, steps = self.state.best_global_step, self.state.global_step
-            is_best = (
-                not _internal_call and self.args.load_best_model_at_end and best
-            )  # loaded when the training ended
-            progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": round(seconds, 1)}
+            is_best = (  # loaded when the training ended
+                output_dir in (None, self.args.output_dir) and self.args.load_best_model_at_end and best
+            )
+            progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": self._seconds()}
             progress["losses"] = [[log["step"], log["loss"]] for log in self.state.log_history if "loss" in log]
             write_provenance(output_dir or self.args.output_dir, self.facts | progress)
+
+    def _seconds(self) -> float:
+        return round(self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0), 1)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves tied weights once: those that were gathered have lost that they are one."""

@@ -104,6 +104,8 @@ def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftM
     trained_for = getattr(speculator.config, "base_model_name_or_path", None)
     if trained_for not in (None, args.base_model):
         logger.warning("%s was trained for %s; it goes on with %s.", args.speculator, trained_for, args.base_model)
+    speculator.config.base_model_name_or_path = args.base_model
+    speculator.config.base_model_revision = revision_of(args.base_model, args.base_model_revision)
     if args.lora_rank is not None:
         # alpha = 2 r, as peft's guides recommend.
         config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=_LORA_TARGETS)

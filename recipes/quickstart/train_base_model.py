@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -78,6 +79,7 @@ def main() -> None:
         ),
         train_dataset=rows,
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # all rows are full
     )
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
