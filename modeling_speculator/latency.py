@@ -15,13 +15,17 @@ from .evaluation import distinct_ngrams, loops
 from .methods import Method
 
 
+BETWEEN = 3  # runs of other methods between two of plain `generate`
+
 Batches = list[tuple[torch.Tensor, torch.Tensor]]  # input_ids and attention_mask, (batch, length)
 
 
 def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: int, rounds: int) -> list[dict]:
     """Times methods on the same prompts, in turn, each after one untimed run.
 
-    All generate `new_tokens` tokens a row, past an end of text, too. A method that fails has its error in its row.
+    Plain `generate` is timed anew before and after every few others, which are compared with what it would have taken
+    in between: where the machine's speed drifts within a round, it drifts for both. All generate `new_tokens` tokens a
+    row, past an end of text, too. A method that fails has its error in its row.
 
     Args:
         methods: of `expand_methods`; plain `generate`, which the others are compared with, among them.
@@ -34,11 +38,22 @@ def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: 
     model._previous_max_cache_length = -1  # else `generate` makes static caches as large as any before
     for run in tqdm(runs, desc="warm-up", leave=False):
         run.attempt(run.warm_up)
-    for _ in range(rounds):
-        for run in runs:
-            run.attempt(run.time)
     plain = next((run for run in runs if run.method.name == "generate"), None)
+    others = [run for run in runs if run is not plain]
+    for _ in range(rounds):
+        for first in range(0, max(1, len(others)), BETWEEN):
+            _time(plain)
+            group = others[first : first + BETWEEN]
+            for number, run in enumerate(group, start=1):
+                run.among_plain.append((len(plain.whole) - 1 if plain else 0, number / (len(group) + 1)))
+                _time(run)
+        _time(plain)
     return [run.row(plain) for run in runs]
+
+
+def _time(run: "_Runs | None") -> None:
+    if run is not None:
+        run.attempt(run.time)
 
 
 class _Runs:
@@ -48,6 +63,7 @@ class _Runs:
         self.model, self.method, self.batches, self.new_tokens = model, method, batches, new_tokens
         self.problem = {} if method.reason is None else {"skipped": method.reason}
         self.first, self.whole, self.figures = [], [], {}
+        self.among_plain = []  # of each timed run: after which run of plain `generate`, and how far to the next
 
     def attempt(self, run: Callable[[], None]) -> None:
         """Does what has not failed so far."""
@@ -130,11 +146,16 @@ class _Runs:
         }
         if plain is not None and not plain.problem:
             row |= {
-                "speedup": statistics.median(one / own for one, own in zip(plain.whole, self.whole, strict=True)),
+                "speedup": statistics.median(self._speedups(plain.whole)),
                 "identical_outputs": int((plain.texts == self.texts).all(-1).sum()),
                 "outputs": n_rows,
             }
         return row
+
+    def _speedups(self, plain: list[float]) -> list[float]:
+        """Over what plain `generate` would have taken at the time of each run; 1 for itself."""
+        pairs = zip(self.among_plain, self.whole, strict=True) if self.among_plain else []
+        return [((1 - share) * plain[at] + share * plain[at + 1]) / own for (at, share), own in pairs] or [1.0]
 
 
 class _Clock(BaseStreamer):

@@ -153,6 +153,23 @@ def test_a_method_that_fails_is_a_row(llama, drafters):
     assert fine["identical_outputs"] == plain["identical_outputs"] == 1
 
 
+def test_a_speed_that_drifts_drifts_for_both(llama, drafters, monkeypatch):
+    """By a clock that runs faster and faster: every method takes as long as plain `generate`, and comes out so."""
+    names = ["generate", *(f"{name}" for name in drafters if name != "draft_model")]
+    clock = iter(range(10**6))
+    now = [0.0]
+
+    def perf_counter():
+        now[0] += 1 + next(clock) / 100  # of each reading, more than before
+        return now[0]
+
+    monkeypatch.setattr("modeling_speculator.latency.time.perf_counter", perf_counter)
+    rows = measure_latency(llama, expand_methods(names, llama, drafters), batches(rows=1), 8, rounds=3)
+    assert [row["speedup"] for row in rows] == pytest.approx([1.0] * 4, abs=0.01)
+    rates = [row["tokens_per_second"] for row in rows]
+    assert max(rates) > 1.05 * min(rates)  # as they would have been compared
+
+
 def test_unknown_methods(llama, drafters):
     for name in ("medussa", "eager:generate"):
         with pytest.raises(ValueError, match="There is no method.*generate, prompt_lookup, .*medusa, unconditioned"):

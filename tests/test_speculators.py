@@ -44,12 +44,11 @@ def test_a_new_one_fits_the_base_model(llama):
     assert (config.method, config.tie_weights, config.scale_input) == ("sum_lstm", True, True)
 
 
-def test_one_that_goes_on_is_trained_in_float32(tmp_path, llama):
-    speculator().half().save_pretrained(tmp_path)
-    assert (
-        load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama).dtype
-        == torch.float32
-    )
+def test_one_that_goes_on_is_trained_in_float32_for_its_new_base_model(tmp_path, llama):
+    speculator(base_model_name_or_path="before", base_model_revision="c0ffee").half().save_pretrained(tmp_path)
+    found = load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama)
+    assert found.dtype == torch.float32
+    assert (found.config.base_model_name_or_path, found.config.base_model_revision) == ("x", None)
 
 
 def test_what_does_not_go_together(tmp_path, llama):
