@@ -19,11 +19,11 @@ from huggingface_hub.utils import validate_repo_id
 from packaging.version import InvalidVersion, Version
 
 from ..drafters import DRAFTERS
-from .repository import INDEX, collect
+from .repository import INDEX, WEIGHTS, collect
 
 
 # What an earlier version may have left that a new one does not have; other people's files stay.
-_OURS = ("model*.safetensors", INDEX, "acceptance.json", "latency.json", "provenance.json")
+_OURS = (WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "acceptance.json", "latency.json", "provenance.json")
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def publish(
     api = HfApi(token=token)
     check_base_is_there(api, repo_id, json.loads(contents["config.json"]))
     api.create_repo(repo_id, private=private, exist_ok=True)
+    check_repository(api, repo_id, api.repo_info(repo_id), private)
     refs = api.list_repo_refs(repo_id)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     if branch not in {ref.name for ref in refs.branches}:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     head = api.repo_info(repo_id, revision=branch)
-    check_repository(api, repo_id, head, private)
 
     def published(commit: str, is_new: bool = False, deleted: tuple[str, ...] = ()) -> Publication:
         return Publication(f"{api.endpoint}/{repo_id}/tree/{commit}", commit, files, left_out, is_new, deleted)
@@ -157,13 +157,18 @@ def check_repository(api: HfApi, repo_id: str, head, private: bool | None) -> No
     """Raises a ValueError where a repository is not what it is taken for."""
     if private and not head.private:
         raise ValueError(f"{repo_id} is public already. Make it private in its settings, or drop `private`.")
-    if any(file.rfilename == "config.json" for file in head.siblings):
+    names = {file.rfilename for file in head.siblings}
+    if "config.json" in names:
         config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=head.sha)).read_text())
         if config.get("model_type") not in {each.model_type for each in DRAFTERS}:
             raise ValueError(
                 f"{repo_id} holds a model of type {config.get('model_type')!r}, which would be overwritten. Take "
                 "another repository."
             )
+    elif others := {name for name in names if not fnmatchcase(name, "LICENSE*")} - {".gitattributes", "README.md"}:
+        raise ValueError(
+            f"{repo_id} holds {', '.join(sorted(others)[:5])}, and no speculator. Take another repository."
+        )
 
 
 def list_versions(repo_id: str, token: str | None = None) -> dict[str, str]:

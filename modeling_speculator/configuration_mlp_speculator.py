@@ -123,10 +123,14 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             )
 
     def to_diff_dict(self) -> dict:
-        """What is saved: as in the published files, nothing that is off or unset, nor the published `method`."""
+        """What is saved: as in the published files, nothing that is off or unset, nor the published `method`.
+
+        Nor `auto_map`, which speaks of code in the repository that this was loaded from.
+        """
         saved = {
             key: value for key, value in super().to_diff_dict().items() if value is not None and value is not False
         }
+        saved.pop("auto_map", None)
         if saved.get("method") == self.methods[0]:
             del saved["method"]
         return saved

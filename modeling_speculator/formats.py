@@ -66,7 +66,6 @@ def save_arctic(speculator, folder: str | Path, base_model_archs: list[str]) -> 
         raise ValueError("Arctic Inference does not serve one head with `tie_weights`: they are tied to nothing.")
     theirs = config.to_diff_dict() | {"base_model_archs": base_model_archs, "architectures": [ARCTIC_MLP]}
     theirs |= {name: getattr(config, name) for name in ("tie_weights", "scale_input", "n_candidates", "inner_dim")}
-    theirs.pop("auto_map", None)  # of code that is not written along
     theirs["torch_dtype"] = theirs.pop("dtype", str(speculator.dtype).removeprefix("torch."))
     tied = speculator.all_tied_weights_keys
     weights = {key: tensor for key, tensor in speculator.state_dict().items() if key not in tied}

@@ -86,7 +86,8 @@ class SpeculativeGenerationMixin(GenerationMixin):
 
 
 _HOOKED = ("_validate_generation_mode", "_assisted_decoding")
-_originals = {}
+_originals = {}  # kept when the hook is removed, too: a call may be under way
+_installed = set()
 _users, _n_users = threading.Lock(), 0  # of `generation_hook`, where the hook was not installed for good
 # Arguments of the original loop that are not for the base model's forward.
 _LOOP_KWARGS = ("inputs_tensor", "assistant_tokenizer", "tokenizer")
@@ -95,18 +96,23 @@ _LOOP_KWARGS = ("inputs_tensor", "assistant_tokenizer", "tokenizer")
 def install_generation_hook() -> None:
     """Lets `generate` of every model accept a speculator as `assistant_model`. Called on import; repeatable."""
     for name in _HOOKED:
-        if name not in _originals:
+        if name not in _installed:
             original = _originals[name] = getattr(GenerationMixin, name)
             # `generate` passes what the signature names, so ours shows the original's.
             hooked = update_wrapper(vars(SpeculativeGenerationMixin)[name], original, assigned=())
             setattr(GenerationMixin, name, hooked)
+            _installed.add(name)
 
 
 def remove_generation_hook() -> None:
-    """The inverse of `install_generation_hook`: GenerationMixin is as transformers wrote it."""
-    while _originals:
-        name, original = _originals.popitem()
-        setattr(GenerationMixin, name, original)
+    """The inverse of `install_generation_hook`: GenerationMixin is as it was.
+
+    Where another hook was put on top (a repository's own copy of this code), this one stays below it and does nothing.
+    """
+    for name in list(_installed):
+        if getattr(GenerationMixin, name) is vars(SpeculativeGenerationMixin)[name]:
+            setattr(GenerationMixin, name, _originals[name])
+            _installed.remove(name)
 
 
 @contextmanager
@@ -114,7 +120,7 @@ def generation_hook() -> Iterator[None]:
     """The hook for the time of some calls, in whatever threads; to nobody's surprise after that."""
     with _users:
         global _n_users
-        lends = not _originals or _n_users > 0
+        lends = not _installed or _n_users > 0
         _n_users += lends
         install_generation_hook()
     try:

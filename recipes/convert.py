@@ -32,7 +32,6 @@ def main() -> None:
     if type(config) not in DRAFTERS:
         parser.error(f"{args.speculator} is a model of type {config.model_type!r}, no speculator.")
     speculator = AutoModel.from_pretrained(args.speculator, revision=args.revision)
-    vars(speculator.config).pop("auto_map", None)  # of code that is not written along
     if args.to == "mlp_speculator":
         speculator.save_pretrained(args.output)
     else:

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from modeling_speculator.model_cards import list_versions, publish
+from modeling_speculator.model_cards.publishing import tag_of
 
 
 def main() -> None:
@@ -21,10 +22,10 @@ def main() -> None:
             versions = list_versions(args.repo_id)
         else:
             done = publish(args.speculator, args.repo_id, **options)
-    except ValueError:
-        raise
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     except Exception as error:  # of the Hub, of its client, or of the network
-        sys.exit(f"{error}\nThe Hub was not reached to the end. The same command goes on from there.")
+        sys.exit(f"{error}\nThe push did not come to its end. The same command goes on from there.")
     if args.list:
         print("\n".join(f"{version} {commit}" for version, commit in versions.items()))
         return
@@ -33,7 +34,7 @@ def main() -> None:
         if names:
             print(f"{what}: {', '.join(names)}")
     what = "Would be sent to" if args.dry_run else "Sent:" if done.is_new else "Nothing new to send; it is there:"
-    print(f"{what} {done.url}" + (f" (version {args.version})" if args.version else ""))
+    print(f"{what} {done.url}" + (f" ({tag_of(args.version)})" if args.version else ""))
 
 
 def parse_args() -> argparse.Namespace:

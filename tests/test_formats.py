@@ -187,6 +187,7 @@ def test_what_arctic_inference_reads_of_ours(kind, tmp_path):
     torch.testing.assert_close(arctic_logits(tmp_path / "arctic"), logits_of(model))
     # And back again.
     loaded = AutoModel.from_pretrained(tmp_path / "arctic")
+    loaded.config.auto_map = {"AutoModel": "code.of_the_repository_that_it_came_from"}
     loaded.save_pretrained(tmp_path / "published")
     model.save_pretrained(tmp_path / "ours")
     back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "ours"))

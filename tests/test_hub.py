@@ -212,6 +212,13 @@ def test_a_repository_of_something_else(hub, client, repo, base, tmp_path):
     with pytest.raises(RuntimeError, match="holds a model of type 'llama', which would be overwritten"):
         publish(client, tmp_path / "a", repo)
     assert hub.files(repo) == before
+    client.run(
+        f"from huggingface_hub import HfApi; HfApi().create_repo('{repo}-adapter')\n"
+        f"HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='adapter_config.json', repo_id='{repo}-adapter')"
+    )
+    with pytest.raises(RuntimeError, match="holds adapter_config.json, and no speculator"):
+        publish(client, tmp_path / "a", f"{repo}-adapter", branch="nightly")
+    assert hub.repositories[f"{repo}-adapter"].branches.keys() == {"main"}
     with pytest.raises(RuntimeError, match="Say whose repository it is to be: ORG/name"):
         publish(client, tmp_path / "a", "name")
     publish(client, tmp_path / "a", f"{repo}-ours")
@@ -230,19 +237,28 @@ def test_a_repository_of_something_else(hub, client, repo, base, tmp_path):
 
 
 def test_weights_in_several_files(hub, client, repo, tmp_path):
-    """Sent by their index; those of an older version go."""
+    """Sent by their index, unless there is one of all, which transformers prefers; those of an older version go."""
     whole, parts = save(tmp_path / "whole"), tmp_path / "parts"
     client.run(
         "import modeling_speculator; from transformers import AutoModel\n"
         f"AutoModel.from_pretrained({str(whole)!r}).save_pretrained({str(parts)!r}, max_shard_size='20KB')"
     )
-    shutil.copy(whole / "model.safetensors", parts)  # of an earlier save
+    (parts / "model.fp16.safetensors").write_bytes(b"")
     *_, left_out = publish(client, parts, repo, "1.0.0")
-    assert left_out == ["model.safetensors"]
+    assert left_out == ["model.fp16.safetensors"]
     assert weights_of(client, repo, "v1.0.0") == weights_of(client, str(whole), None)
     publish(client, whole, repo, "2.0.0")
     assert [name for name in hub.files(repo, "v2.0.0") if "safetensors" in name] == ["model.safetensors"]
     assert weights_of(client, repo, "v2.0.0") == weights_of(client, str(whole), None)
+    shutil.copy(save(tmp_path / "other", seed=8) / "model.safetensors", parts)
+    assert publish(client, parts, repo, "3.0.0")[3] == sorted(path.name for path in parts.glob("model[-.]?*of*")) + [
+        "model.fp16.safetensors", "model.safetensors.index.json"
+    ]  # fmt: skip
+    assert weights_of(client, repo, "v3.0.0") == weights_of(client, str(tmp_path / "other"), None)
+    (parts / "model.safetensors").unlink()
+    next(parts.glob("model-00001-of-*")).unlink()
+    with pytest.raises(RuntimeError, match="model.safetensors.index.json"):
+        publish(client, parts, repo, "4.0.0")
 
 
 def test_a_folder_that_is_no_speculator(client, repo, tmp_path):

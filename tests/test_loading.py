@@ -1,5 +1,6 @@
 """Both models by one name, the hook for the time of a call, and a speculator beside another base model."""
 
+import importlib.util
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from modeling_speculator import (
     MLPSpeculatorConfig,
     MLPSpeculatorPreTrainedModel,
     checks,
+    generation,
     install_generation_hook,
     load_speculator_and_base,
     remove_generation_hook,
@@ -64,6 +66,27 @@ def test_the_hook_for_the_time_of_a_call(llama, unhooked):
     for thread in threads:
         thread.join(timeout=120)
     assert texts["first"].tolist() == texts["second"].tolist() == plain.tolist()
+    assert GenerationMixin._assisted_decoding is unhooked
+
+
+def test_the_hooks_of_two_copies_of_this_code(llama, unhooked):
+    """As two repositories carry it: whichever ends first, the other and plain `generate` go on."""
+    spec = importlib.util.spec_from_file_location("modeling_speculator.generation_copy", generation.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    prompt, options = torch.tensor([[1, 2, 3]]), {"max_new_tokens": 8, "do_sample": False}
+    plain = llama.generate(prompt, **options).tolist()
+    for _ in range(2):
+        first, second = generation.generation_hook(), copy.generation_hook()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert llama.generate(prompt, **options, assistant_model=speculator()).tolist() == plain
+        assert llama.generate(prompt, **options, prompt_lookup_num_tokens=2).tolist() == plain
+        second.__exit__(None, None, None)
+        assert llama.generate(prompt, **options).tolist() == plain
+        assert llama.generate(prompt, **options, prompt_lookup_num_tokens=2).tolist() == plain
+    remove_generation_hook()
     assert GenerationMixin._assisted_decoding is unhooked
 
 

@@ -2,10 +2,11 @@
 
 import logging
 
+from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 
-from ..model_cards.publishing import list_versions, publish, tag_of
+from ..model_cards.publishing import check_base_is_there, check_repository, list_versions, publish, tag_of
 from ..model_cards.repository import check_base_model
 from .checkpoints import SafeTrainer, latest_checkpoint
 
@@ -31,9 +32,13 @@ class PublishingTrainer(SafeTrainer):
         tag = tag_of(self.args.hub_version) if self.args.hub_version is not None else None
         check_base_model(self.model.config.base_model_name_or_path)
         super().init_hf_repo(*args, **kwargs)
-        if tag is not None and self.is_world_process_zero() and latest_checkpoint(self.args.output_dir) is None:
-            if tag in list_versions(self.hub_model_id, self.args.hub_token):
-                raise ValueError(f"{self.hub_model_id} has a version {tag} already. Set another `hub_version`.")
+        if not self.is_world_process_zero():
+            return
+        api = HfApi(token=self.args.hub_token)
+        check_base_is_there(api, self.hub_model_id, self.model.config.to_dict())
+        check_repository(api, self.hub_model_id, api.repo_info(self.hub_model_id), self.args.hub_private_repo)
+        if tag in list_versions(self.hub_model_id, api.token) and latest_checkpoint(self.args.output_dir) is None:
+            raise ValueError(f"{self.hub_model_id} has a version {tag} already. Set another `hub_version`.")
 
     def push_to_hub(
         self,
@@ -66,5 +71,7 @@ class PublishingTrainer(SafeTrainer):
                 logger.warning("%s was not pushed (%s); the training goes on.", checkpoint_folder, error)
 
     def _publish(self, folder: str, version: str | None, message: str | None, token=None, revision=None) -> str:
-        branch, token = revision or self.args.hub_revision or "main", token or self.args.hub_token
-        return publish(folder, self.hub_model_id, version, branch=branch, message=message, token=token).commit
+        options = {"branch": revision or self.args.hub_revision or "main", "token": token or self.args.hub_token}
+        # What the config says, wherever the base model was loaded from.
+        options["base_model"] = self.model.config.base_model_name_or_path
+        return publish(folder, self.hub_model_id, version, message=message, **options).commit
