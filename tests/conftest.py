@@ -14,6 +14,7 @@ if "HF_DATASETS_CACHE" not in os.environ:  # a child process uses its parent's
 
 import pytest
 import torch
+from hub_server import Client, HubServer
 from tiny_models import FAMILIES, tiny_model
 from trainings import rows, speculator
 
@@ -40,6 +41,21 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return folder
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A small Hub of each file's own."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """A process of somebody who is logged in there."""
+    client = Client(hub, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
 
 
 STAGES = {"stage 1": (SpeculatorTrainer, {}), "stage 2": (DistillationTrainer, {"generation_length": 8})}

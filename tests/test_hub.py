@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, Client, HubServer, problems_of
+from hub_server import TOKEN, problems_of
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -21,19 +21,10 @@ from modeling_speculator.formats import save_arctic
 RECIPE = Path(__file__).parents[1] / "recipes/push_to_hub.py"
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    """A process of a user who is logged in, and whose base model is on the Hub."""
-    client = Client(hub, tmp_path_factory.mktemp("home"))
+@pytest.fixture(scope="module", autouse=True)
+def base_repository(client):
+    """What the speculators here are trained for is on the Hub."""
     client.run("from huggingface_hub import HfApi; HfApi().create_repo('org/base')")
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, Client, HubServer
+from hub_server import TOKEN
 from tiny_models import VOCAB, tiny_model, word_tokenizer
 from trainings import arguments, rows, speculator
 
@@ -16,19 +16,6 @@ from modeling_speculator.trainers import SpeculatorTrainer
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    client = Client(hub, tmp_path_factory.mktemp("home"))
-    yield client
-    client.close()
 
 
 GENERATE = """
