@@ -113,14 +113,15 @@ def publish(
             f"{repo_id} has a version {tag} with other content. Take a new version, or move this one (`force=True`, "
             "--force): who has pinned it will get something else."
         )
-    known = [head.sha] if tag is None else dict.fromkeys([head.sha, *tags.values()])
-    commit = next((each for each in known if not any(_differences(api, repo_id, each, contents))), None)
+    differ, stale = _differences(api, repo_id, head.sha, contents)
+    older = tags.values() if tag is not None else []  # without a version it is the branch that is to have it
+    same = (each for each in dict.fromkeys(older) if not any(_differences(api, repo_id, each, contents)))
+    commit = next(same, None) if differ or stale else head.sha
     if commit is not None:
         done = published(commit)
     else:
-        _, stale = _differences(api, repo_id, head.sha, contents)
-        message_ = message or f"Speculator {tag or ''}".strip()
-        done = published(_commit(api, repo_id, contents, stale, branch, head.sha, message_), True, tuple(stale))
+        title = message or f"Speculator {tag or ''}".strip()
+        done = published(_commit(api, repo_id, contents, stale, branch, head.sha, title), True, tuple(stale))
     if tag is not None and tags.get(tag) != done.commit:
         _tag(api, repo_id, tag, done.commit, tags.get(tag), message)
     return done

@@ -104,9 +104,9 @@ def warn_of_another_base(model, speculator) -> None:
 
 def _hub_name(name: str) -> str:
     """Of a Hub id, also where it lies in the Hub's cache, the id; of another folder its last name."""
-    in_cache = re.search(r"models--(.+?)--(.+?)/snapshots/", name)
+    in_cache = re.search(r"models--([^/]+)/snapshots/", name)
     if in_cache:
-        return f"{in_cache[1]}/{in_cache[2]}".lower()
+        return in_cache[1].replace("--", "/", 1).lower()
     is_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
     return name.lower() if is_id else Path(name).name.lower()
 

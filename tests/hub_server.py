@@ -162,9 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(.+?)/(tag|branch)/(.+)", "add_ref"),
         ("DELETE", r"/api/models/(.+?)/(tag|branch)/(.+)", "delete_ref"),
         ("GET", r"/api/models/(.+?)/refs", "refs"),
-        ("GET", r"/api/models/(.+?)/commits/(.+)", "log"),
         ("GET", r"/api/models/(.+?)/tree/([^/]+)(?:/(.*))?", "tree"),
-        ("POST", r"/api/models/(.+?)/paths-info/(.+)", "paths_info"),
         ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", "info"),
         ("HEAD", r"/(.+?)/resolve/([^/]+)/(.+)", "resolve"),
         ("GET", r"/(.+?)/resolve/([^/]+)/(.+)", "resolve"),
@@ -346,16 +344,6 @@ class _Handler(BaseHTTPRequestHandler):
         branches, tags = listed("heads", repository.branches), listed("tags", repository.tags)
         raise _Answer(200, {"branches": branches, "converts": [], "tags": tags})
 
-    def log(self, repo_id: str, revision: str):
-        repository = self.repository(repo_id)
-        self.revision(repository, revision)
-        date = "2026-01-01T00:00:00.000Z"
-        commits = [
-            {"id": commit, "title": title, "message": "", "authors": [{"user": "user"}], "date": date}
-            for commit, title in reversed(repository.messages.items())
-        ]
-        raise _Answer(200, commits)
-
     def info(self, repo_id: str, revision: str | None):
         repository = self.repository(repo_id)
         commit = self.revision(repository, revision or "main")
@@ -375,11 +363,6 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id: str, revision: str, folder: str | None):
         entries = self.entries(self.repository(repo_id), revision)
         raise _Answer(200, [entry for entry in entries if entry["path"].startswith(folder or "")])
-
-    def paths_info(self, repo_id: str, revision: str):
-        asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body).get("paths", [])
-        entries = self.entries(self.repository(repo_id), revision)
-        raise _Answer(200, [entry for entry in entries if entry["path"] in asked])
 
     def resolve(self, repo_id: str, revision: str, path: str):
         repository = self.repository(repo_id)

@@ -108,6 +108,7 @@ def test_a_hook_that_is_there_for_good_stays():
         ("org/name", "/models/another", True),
         ("org/name", "/cache/models--org--name/snapshots/c0ffee", False),
         ("org/name", "/cache/models--other--name/snapshots/c0ffee/", True),
+        ("gpt2", "/cache/models--gpt2/snapshots/c0ffee", False),
         ("outputs/base/model", "elsewhere/model", False),
         (None, "org/name", False),
         ("org/name", "", False),
