@@ -25,9 +25,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except Exception as error:  # of the Hub, of its client, or of the network
-        sys.exit(
-            f"{type(error).__name__}: {error}\nIt did not come to its end. The same command goes on from there."
-        )
+        sys.exit(f"{type(error).__name__}: {error}\nIt did not come to its end. The same command goes on from there.")
     if args.list:
         print("\n".join(f"{version} {commit}" for version, commit in versions.items()))
         return
