@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["speculative-decoding", "speculator", "mlp_speculator"]
 CURVE_POINTS = 8
+_NEUTRAL = {"top_p": 1.0, "top_k": 0}
 _STAGES = {1: "on text", 2: "on what the base model writes itself"}
 _PROMPT = {True: "def quicksort(numbers):", False: "The capital of France is"}
 
@@ -50,6 +51,7 @@ def render_card(
         template_path=str(TEMPLATE),
         repo_id=repo_id,
         base_model=base_model,
+        at_revision=f', revision="{config.base_model_revision}"' if config.base_model_revision else "",
         config=config,
         parameters=f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M",
         prompt=_PROMPT[about_code],
@@ -97,11 +99,15 @@ def acceptance_section(acceptance: dict) -> dict:
         cells.append(", ".join(map(_number, row["accepted_per_position"] or [])))
         lines.append("| " + " | ".join(cells) + " |")
     dial = "n_tree_nodes" if settings["n_tree_nodes"] else "n_candidates"
+    sampling = acceptance.get("sampled", {}).get("sampling") or {}
     return {
         "table": "\n".join(lines),
         "prompts": Path(settings["prompts"]).name,
         "max_new_tokens": settings["max_new_tokens"],
         "dials": f"`{dial}={settings[dial]}` of `top_k_tokens_per_head={settings['top_k_tokens_per_head']}`",
+        "is_chat": settings["chat"],
+        "sampling": {name: value for name, value in sampling.items() if value != _NEUTRAL.get(name)},
+        "base_model": settings["base_model"],
         "machine": _machine(acceptance["machine"], acceptance["versions"]),
     }
 
@@ -121,7 +127,7 @@ def latency_section(latency: list[dict]) -> dict:
         "table": "\n".join(lines),
         "machine": _machine(first["machine"], first["versions"]),
         "dtype": first["dtype"].removeprefix("torch."),
-    } | {name: first[name] for name in ("prompt_length", "new_tokens")}
+    } | {name: first[name] for name in ("prompt_length", "new_tokens", "base_model")}
 
 
 def training_stages(provenance: dict | None) -> list[dict]:
@@ -159,6 +165,9 @@ def provenance_lines(config, provenance: dict | None) -> list[tuple[str, str]]:
     """(name, value), of what is known."""
     revision, known = config.base_model_revision, provenance or {}
     lines = [("base model", f"{config.base_model_name_or_path}" + (f" at commit {revision}" if revision else ""))]
+    lines += [(f"SHA-256 of {name}", f"`{value}`") for name, value in known.get("weights", {}).items()]
+    if first := known.get("model", {}).get("speculator"):
+        lines.append(("started from", first))
     names = {"base_model_weights": "digest of the base model's weights", "git_revision": "code"}
     lines += [(title, f"`{known[name]}`") for name, title in names.items() if known.get(name)]
     if "versions" in known:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -19,11 +20,12 @@ from huggingface_hub.utils import validate_repo_id
 from packaging.version import InvalidVersion, Version
 
 from ..drafters import DRAFTERS
+from .provenance_file import FILE, is_about, read_provenance, sha256_of, weights_in
 from .repository import INDEX, WEIGHTS, collect
 
 
 # What an earlier version may have left that a new one does not have; other people's files stay.
-_OURS = (WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "acceptance.json", "latency.json", "provenance.json")
+_OURS = (WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "acceptance.json", "latency.json", FILE)
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ def publish(
         token: of the Hub; by default that of `hf auth login`.
 
     Raises:
-        ValueError: for a folder that is no speculator or would leak a secret, figures of another speculator, a base
-            model that is not on the Hub, a repository of another model, a version that is there with other content, or
-            one that is none.
+        ValueError: for a folder that is no speculator or would leak a secret, figures or a provenance of another
+            speculator, a base model that is a folder or has no such commit, a repository of another model, a version
+            that is there with other content, or one that is none.
         HfHubHTTPError, OSError, RuntimeError: where the Hub can't be reached or refuses. The same call goes on.
     """
     tag = tag_of(version) if version is not None else None
@@ -127,6 +129,27 @@ def publish(
     return done
 
 
+def publish_model(speculator, repo_id: str, version: str | None = None, **options) -> Publication:
+    """`publish` of a speculator in memory, with the provenance of where it was loaded from while it is the same.
+
+    Args:
+        options: of `publish`.
+    """
+    with TemporaryDirectory() as folder:
+        speculator.save_pretrained(folder)
+        source = speculator.name_or_path or None
+        provenance = read_provenance(source, speculator.loaded_revision, options.get("token"))
+        if provenance is not None and provenance.get("weights") and is_about(provenance, weights_in(folder)):
+            (Path(folder) / FILE).write_text(json.dumps(provenance))
+        elif provenance is not None:
+            warnings.warn(
+                f"These weights are not, to the last bit, those that {FILE} of {source} is known to be about: what it "
+                "tells of their training is not sent.",
+                stacklevel=3,
+            )
+        return publish(folder, repo_id, version, **options)
+
+
 def check_repo_id(repo_id: str) -> None:
     """Raises a ValueError for what is no name of a repository with its owner: the card has to name it."""
     try:
@@ -138,7 +161,11 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_base_is_there(api: HfApi, repo_id: str, config: dict) -> None:
-    """Raises a ValueError where the base model that a config names can't be found on the Hub, or is the repository."""
+    """Looks for the base model that a config names: a warning where the Hub has none of that name, yet.
+
+    Raises:
+        ValueError: where it has no such commit, or the base model is the repository itself.
+    """
     name, revision = config["base_model_name_or_path"], config.get("base_model_revision")
     if name == repo_id:
         raise ValueError(f"{repo_id} is the base model. Take another repository for its speculator.")
@@ -146,19 +173,23 @@ def check_base_is_there(api: HfApi, repo_id: str, config: dict) -> None:
         api.model_info(name, revision=revision)
     except GatedRepoError:  # it is there
         pass
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        at = f" at {revision}" if revision else ""
+    except RevisionNotFoundError as error:
         raise ValueError(
-            f"The Hub has no model {name}{at} that you can see. Push the base model first, and say where it is: "
-            "`base_model`, `base_model_revision`."
+            f"{name}, the base model, has no commit {revision}. Say which it is: `base_model_revision`."
         ) from error
+    except RepositoryNotFoundError:
+        warnings.warn(
+            f"The Hub has no model {name} that you can see. Nobody can use its speculator without it: push it, too, "
+            "or say where it is (`base_model`).",
+            stacklevel=3,
+        )
 
 
 def check_repository(api: HfApi, repo_id: str, head, private: bool | None) -> None:
     """Raises a ValueError where a repository is not what it is taken for."""
-    if private and not head.private:
+    if private and head.private is False:
         raise ValueError(f"{repo_id} is public already. Make it private in its settings, or drop `private`.")
-    names = {file.rfilename for file in head.siblings}
+    names = {file.rfilename for file in head.siblings or []}
     if "config.json" in names:
         config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=head.sha)).read_text())
         if config.get("model_type") not in {each.model_type for each in DRAFTERS}:
@@ -231,17 +262,10 @@ def _same(entry, content: bytes | Path) -> bool:
         return False
     if entry.lfs is not None:
         is_file = isinstance(content, Path)
-        sha = _sha256(content, content.stat().st_mtime_ns) if is_file else hashlib.sha256(content).hexdigest()
+        sha = sha256_of(content) if is_file else hashlib.sha256(content).hexdigest()
         return sha == entry.lfs.sha256
     data = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id
-
-
-@cache
-def _sha256(path: Path, changed: int) -> str:
-    """Once for all versions that it is compared with."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(content: bytes | Path) -> int:

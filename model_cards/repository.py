@@ -15,9 +15,12 @@ from ..benchmarking import digest
 from ..drafters import DRAFTERS
 from ..formats import read_config
 from .model_card import render_card
+from .provenance_file import FILE, is_about
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILES = (".jsonl", ".json", ".txt", ".gz", ".parquet", ".yaml")
+_REMOTE = ("https://", "http://", "hf://", "s3://", "gs://")
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{30,}\b")
 
 
@@ -39,13 +42,15 @@ def collect(
     """
     folder = Path(folder)
     speculator = check_folder(folder)
-    config, provenance = speculator.config, _read(folder / "provenance.json")
+    config, provenance = speculator.config, _read(folder / FILE)
+    weights = {path.name: path for path in weight_files(folder)}
+    if provenance is not None and not is_about(provenance, weight_files(folder)):
+        raise ValueError(f"{folder / FILE} tells of other weights. Delete it, if these lie there rightly.")
     name_base_model(config, provenance, base_model, base_model_revision)
     measured = {"acceptance": acceptance, "latency": latency}
-    measured = {name: without_paths(read_measured(name, path, speculator)) for name, path in measured.items() if path}
-    provenance = without_paths(provenance)
+    measured = {name: read_measured(name, path, speculator, provenance) for name, path in measured.items() if path}
+    measured, provenance = without_paths(measured), without_paths(provenance)
 
-    weights = {path.name: path for path in weight_files(folder)}
     parameters = sum(weight.numel() for weight in speculator.parameters())
     card = render_card(repo_id, config, parameters, provenance, **measured, license=license)
     known = measured | ({"provenance": provenance} if provenance else {})
@@ -56,7 +61,7 @@ def collect(
     for path, content in contents.items():
         if isinstance(content, bytes) and _TOKEN.search(content.decode()):
             raise ValueError(f"{path} would hold what looks like a token of the Hub: look for it in {folder}.")
-    sent = {"config.json", "provenance.json", *weights}
+    sent = {"config.json", FILE, *weights}
     return contents, sorted(path.name for path in folder.iterdir() if path.name not in sent)
 
 
@@ -138,11 +143,12 @@ def check_base_model(name: str | None, is_given: bool = False) -> None:
         )
 
 
-def read_measured(name: str, path: str | Path, speculator) -> dict | list:
+def read_measured(name: str, path: str | Path, speculator, provenance: dict | None) -> dict | list:
     """What a recipe has measured of a speculator.
 
     Raises:
-        ValueError: for a file that is not what the recipe writes, or figures of other weights.
+        ValueError: for a file that is not what the recipe writes, or figures of other weights, or beside another base
+            model than that of the training.
     """
     recipe, kind = {"acceptance": ("evaluate_acceptance.py", dict), "latency": ("benchmark_latency.py", list)}[name]
     read = _read(Path(path))
@@ -150,26 +156,35 @@ def read_measured(name: str, path: str | Path, speculator) -> dict | list:
         if not isinstance(read, kind):
             raise TypeError
         if name == "acceptance":
-            known = [(read["settings"]["weights"][1], read["settings"]["dtype"])]
+            base, own = read["settings"]["weights"]
+            known = [(base, own, read["settings"]["dtype"])]
         else:  # every drafter's rows have a digest, the speculator's among them
-            known = [(row["weights"], row["dtype"]) for row in read if "speedup" in row and "n_candidates" in row]
-    except (KeyError, TypeError, IndexError) as error:
+            rows = [row for row in read if "speedup" in row and "n_candidates" in row]
+            known = [(row.get("base_model_weights"), row["weights"], row["dtype"]) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no {name}.json of {recipe}.") from error
-    if not any(digest(deepcopy(speculator).to(_dtype(dtype))) == measured for measured, dtype in known):
+    known = [(base, dtype) for base, own, dtype in known if digest(deepcopy(speculator).to(_dtype(dtype))) == own]
+    if not known:
         raise ValueError(f"{path} was measured with another speculator. Measure this one: {recipe}.")
+    trained_beside = (provenance or {}).get("base_model_weights")
+    for base, dtype in known:  # in the same dtype, both whole: else they can't be compared
+        is_like = dtype == (provenance or {}).get("base_model_dtype") and trained_beside and base
+        if is_like and trained_beside != base and "-partly" not in trained_beside + base:
+            raise ValueError(f"{path} was measured beside another base model than {provenance['base_model']}.")
     return read if name == "acceptance" else [row for row in read if "speedup" in row]  # no errors, which quote paths
 
 
 def without_paths(value):
-    """JSON with the last name of every path, instead of where it lies on this machine."""
+    """JSON with the last name of every path, instead of where it lies on the machine where it was written."""
     if isinstance(value, dict):
         return {key: without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
         return [without_paths(each) for each in value]
-    is_path = isinstance(value, str) and "/" in value
-    if is_path and (value.startswith(("/", "~", ".")) or Path(value[:250]).exists()):
-        return Path(value).name
-    return value
+    if not isinstance(value, str) or "/" not in value or value.startswith(_REMOTE):
+        return value
+    is_long = value.count("/") > 1 and " " not in value  # a name on the Hub has one
+    is_path = value.startswith(("/", "~", ".")) or value.endswith(_FILES) or Path(value[:250]).exists()
+    return Path(value).name if is_long or is_path else value
 
 
 def auto_map(speculator) -> dict[str, str]:

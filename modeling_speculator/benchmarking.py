@@ -133,9 +133,13 @@ def machine(with_date: bool = True) -> dict[str, str | int]:
 
 
 def digest(model: PreTrainedModel) -> str:
-    """Of names, shapes, dtypes and the first numbers of a model's weights, to tell others apart; of whole weights."""
-    found = hashlib.sha256()
+    """Of names, shapes, dtypes and the first numbers of a model's weights, to tell others apart; of whole weights.
+
+    It ends in "-partly" where some weights are elsewhere (offloaded): such a one equals only its like.
+    """
+    found, is_whole = hashlib.sha256(), True
     for name, weight in model.named_parameters():
         first = weight.detach().flatten()[:16].float().tolist() if weight.device.type != "meta" else []
+        is_whole &= bool(first)
         found.update(json.dumps([name, list(weight.shape), str(weight.dtype), first]).encode())
-    return found.hexdigest()[:16]
+    return found.hexdigest()[:16] + ("" if is_whole else "-partly")

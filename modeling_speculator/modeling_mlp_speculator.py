@@ -4,11 +4,9 @@ Architecture and initialisation: arXiv 2404.19124 and its published implementati
 """
 
 import importlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -43,6 +41,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
     main_input_name = "hidden_states"
     _keys_to_ignore_on_load_unexpected = REPEATED_KEYS
     cells = CELLS  # by the config's `method`
+    loaded_revision = None  # of a repository on the Hub
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__(config)
@@ -83,6 +82,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 f"({'; '.join(problems)}). Check `n_predict`, `emb_dim`, `inner_dim`, `vocab_size` and `tie_weights` "
                 "there, and that the download is complete."
             )
+        model.loaded_revision = kwargs.get("revision")
         model._weight_conversions = None  # else `save_pretrained` would write the names that were read
         model.speculator.freeze_unread()
         return (model, info) if output_loading_info else model
@@ -104,14 +104,22 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         """
         # By name: the code that a repository on the Hub carries is this, without that package.
         publishing = importlib.import_module("modeling_speculator.model_cards.publishing")
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            provenance = Path(self.name_or_path) / "provenance.json"
-            if self.name_or_path and provenance.is_file():
-                shutil.copy(provenance, folder)
-            return publishing.publish(
-                folder, repo_id, version, branch=revision or "main", message=commit_message, **options
-            )
+        options |= {"branch": revision or "main", "message": commit_message}
+        return publishing.publish_model(self, repo_id, version, **options)
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """`PreTrainedModel.save_pretrained`; where it pushes, the other arguments are those of `push_to_hub` here.
+
+        Raises:
+            ValueError: for other weights than the model's, which are not what would be pushed.
+        """
+        if not push_to_hub:
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if state_dict is not None:
+            raise ValueError("Load `state_dict` into the speculator, then push it.")
+        super().save_pretrained(save_directory, is_main_process)
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        return self.push_to_hub(repo_id, **kwargs) if is_main_process else None
 
     def forward(
         self,

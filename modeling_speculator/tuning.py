@@ -24,6 +24,8 @@ from .evaluation import accepted_drafts, simulate_emissions
 
 TREE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CANDIDATES = (1, 2, 3, 4, 5, 8, 16)
+BETWEEN = 3  # dials between two runs of plain `generate`, to which they are compared: the machine's speed drifts
+MEASURED_PROMPTS = 4  # of one load, for the costs of a step
 
 
 @dataclass(frozen=True)
@@ -134,24 +136,33 @@ def measure_steps(model, speculator, texts: Texts, batch_size: int, rounds: int 
     Returns:
         Milliseconds of plain `generate` for a token of every row; of each dial's step, with its nodes, heads, states.
     """
-    every = grid(speculator.config)
-    trees = [dials for dials in every if dials["n_tree_nodes"] is not None]
-    candidates = [dials for dials in every[1:] if dials["n_tree_nodes"] is None]
+    known = grid(speculator.config)
+    trees = [dials for dials in known if dials["n_tree_nodes"] is not None]
+    candidates = [dials for dials in known[1:] if dials["n_tree_nodes"] is None]
     spread = [some[at * (len(some) - 1) // 5] for some in (trees, candidates) if some for at in range(6)]
-    sampled = [every[0], *spread]
-    some = texts.prompts[:batch_size]
-    plain, *seconds = decoding_seconds(model, speculator, some, batch_size, texts.new_tokens, [None, *sampled], rounds)
+    sampled = [known[0], *spread]
+    n_prompts = -(-min(MEASURED_PROMPTS, len(texts.prompts)) // batch_size) * batch_size
+    some = texts.prompts[:n_prompts]
+    every = [each for at, dials in enumerate(sampled) for each in ([] if at % BETWEEN else [None]) + [dials]] + [None]
+    seconds = decoding_seconds(model, speculator, some, batch_size, texts.new_tokens, every, rounds)
+    plain = [at for at, dials in enumerate(every) if dials is None]
+    usual = statistics.median(second for at in plain for second in seconds[at])
     rows = []
-    for dials, each in zip(sampled, seconds, strict=True):
+    for at, dials in enumerate(every):
+        if dials is None:
+            continue
+        before, after = max(one for one in plain if one < at), min(one for one in plain if one > at)
+        share = (at - before) / (after - before)
+        rounds_of_it = zip(seconds[at], seconds[before], seconds[after], strict=True)
+        relative = statistics.median(own / ((1 - share) * one + share * other) for own, one, other in rounds_of_it)
         with turned(speculator, dials):
             heads, states = work(speculator.config)
-            n_steps = int(
-                texts.steps(speculator)[:batch_size].amax()
-            )  # a batch goes on until its slowest row has ended
+            # A batch goes on until its slowest row has ended.
+            n_steps = sum(int(part.amax()) for part in texts.steps(speculator)[:n_prompts].split(batch_size))
             nodes = texts.nodes(speculator, batch_size)
-        cost = {"step_ms": 1000 * statistics.median(each) / n_steps, "nodes": nodes, "heads": heads, "states": states}
+        cost = {"step_ms": 1000 * usual * relative / n_steps, "nodes": nodes, "heads": heads, "states": states}
         rows.append(dials | cost)
-    return 1000 * statistics.median(plain) / (texts.new_tokens - 1), rows
+    return 1000 * usual / (texts.new_tokens - 1) / (n_prompts // batch_size), rows
 
 
 def fit(rows: list[dict]) -> StepCost:
@@ -221,13 +232,15 @@ def tune(model, speculator, prompts: torch.Tensor, batch_size: int, new_tokens: 
     verified = []
     for (key, dials), each in zip(to_verify.items(), seconds, strict=True):
         predicted, rate = by_dials[key]["tokens_per_second"], n_tokens / statistics.median(each)
+        speedup = statistics.median(one / own for one, own in zip(plain, each, strict=True))
         verified.append(
             dials
             | {
                 "predicted_tokens_per_second": predicted,
                 "measured_tokens_per_second": rate,
                 "prediction_error": predicted / rate - 1,
-                "measured_speedup": statistics.median(one / own for one, own in zip(plain, each, strict=True)),
+                "measured_speedup": speedup,
+                "speedup_error": by_dials[key]["speedup"] / speedup - 1,  # free of how fast the machine was meanwhile
             }
         )
     fastest = max(verified, key=lambda row: row["measured_speedup"])

@@ -52,7 +52,8 @@ def main() -> None:
     settings = {key: value for key, value in vars(args).items() if key not in ("output", *AXES)}
     settings |= {"dials": {name: dials_of(each) for name, each in drafters.items() if is_drafter(each)}}
     weights = {name: digest(each) for name, each in drafters.items()}
-    settings |= {"weights": [digest(model), *weights.values()], "texts": digest_of(prompts)}
+    base_weights = digest(model)
+    settings |= {"weights": [base_weights, *weights.values()], "texts": digest_of(prompts)}
     settings |= {"versions": versions(), "machine": machine(with_date=False)}
     file = RecordFile(args.output / "latency.jsonl", settings)
     for batch_size, length in product(args.batch_size, args.prompt_length):
@@ -70,8 +71,8 @@ def main() -> None:
         batches = [(part, torch.ones_like(part)) for part in rows.to(main_device(model)).split(batch_size)]
         ways = expand_methods(methods, model, drafters, args.n_candidates, batch_size)
         measured = measure_latency(model, ways, batches, args.max_new_tokens, args.rounds)
-        about = {"base_model": args.base_model, "dtype": str(model.dtype), "versions": versions()}
-        about |= {"machine": machine()}
+        about = {"base_model": args.base_model, "base_model_weights": base_weights, "dtype": str(model.dtype)}
+        about |= {"versions": versions(), "machine": machine()}
         for row in measured:
             row |= cell | about
             if (drafter := row["method"].rpartition(":")[2]) in weights:

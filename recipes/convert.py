@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 from modeling_speculator.drafters import DRAFTERS
 from modeling_speculator.formats import save_arctic
 from modeling_speculator.loading import check_is_hub_id
+from modeling_speculator.model_cards.provenance_file import trusted_provenance, write_provenance
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
     else:
         save_arctic(speculator, args.output, args.base_model_archs or architectures_of_base(args.speculator, config))
     AutoModel.from_pretrained(args.output)  # what was written loads
+    if provenance := trusted_provenance(args.speculator, args.revision):
+        write_provenance(args.output, provenance)  # of the same numbers in other files
     print(f"Written: {', '.join(str(path) for path in sorted(args.output.iterdir()))}")
 
 

@@ -51,6 +51,7 @@ def main() -> None:
         measure_prompts(model, speculator, tokenizer, prompts, file, chat=args.chat, seed=args.seed, **options)
         report[mode] = summarize_categories(file.records, n_predict)
         report[mode]["prompts_left_out"] = len(read) - len(prompts)
+        report[mode]["sampling"] = warpers if mode == "sampled" else None
     # At the top what is greedy, and beside it what is sampled.
     report = report.pop("greedy") | report | {"settings": settings, "versions": versions(), "machine": machine()}
     (args.output / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -56,12 +56,12 @@ def main() -> None:
     model |= {"speculator": drafters.pop("speculator"), "dtype": args.dtype}
     model |= {"prompts": args.prompts or args.corpus / "held_out.jsonl"}
     others = [f"{name}={path}" for name, path in (drafters | {"draft_model": draft_model}).items()]
-    timing = {"drafters": others, "max_new_tokens": args.max_new_tokens, "n_prompts": 8, "rounds": 3}
+    timing = {"drafters": others, "max_new_tokens": args.max_new_tokens, "n_prompts": 8}
     stock = ["generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash"]
     run("benchmark_latency.py", **model, **timing, methods=[*stock, "speculator", *drafters, *CACHES],
-        output=folder / "methods")  # fmt: skip
+        rounds=9, output=folder / "methods")  # fmt: skip
     run("benchmark_latency.py", **model, **timing, methods=["generate", "prompt_lookup", "speculator", *drafters],
-        n_candidates=args.n_candidates, batch_size=args.batch_size, prompt_length=[64, 256],
+        n_candidates=args.n_candidates, batch_size=args.batch_size, prompt_length=[64, 256], rounds=3,
         output=folder / "n_candidates")  # fmt: skip
     for name, path in ({"speculator": model["speculator"]} | drafters).items():
         run("evaluate_acceptance.py", **model | {"speculator": path}, prompt_length=args.prompt_length, limit=100,

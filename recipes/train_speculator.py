@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
+from modeling_speculator.model_cards.provenance_file import trusted_provenance
 from modeling_speculator.trainers import (
     DistillationTrainer,
     SpeculatorTrainer,
@@ -21,7 +22,7 @@ from modeling_speculator.trainers import (
     load_rows,
     parse_recipe,
 )
-from modeling_speculator.trainers.provenance import read_provenance, revision_of
+from modeling_speculator.trainers.provenance import revision_of
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
         facts={
             "model": asdict(model_args),
             "data": asdict(data_args),
-            "started_from": read_provenance(model_args.speculator),
+            "started_from": trusted_provenance(model_args.speculator),
             "base_model_revision": revision_of(model_args.base_model, model_args.base_model_revision),
         },
     )

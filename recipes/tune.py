@@ -22,7 +22,7 @@ from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.loading import load_base_model, load_drafter
 from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
 from modeling_speculator.records import RecordFile
-from modeling_speculator.tuning import tune
+from modeling_speculator.tuning import BETWEEN, MEASURED_PROMPTS, tune
 
 
 AXES = ("batch_size", "prompt_length")
@@ -40,6 +40,7 @@ def main() -> None:
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", *AXES, "write")}
     settings |= {dial: getattr(speculator.config, dial) for dial in DIALS}
     settings |= {"weights": [digest(model), digest(speculator)], "texts": digest_of(prompts)}
+    settings |= {"measured_prompts": MEASURED_PROMPTS, "between": BETWEEN}
     file = RecordFile(args.output / "tuning.jsonl", settings | {"machine": machine(with_date=False)})
     loads = list(product(args.batch_size, args.prompt_length))
     for batch_size, length in loads:
@@ -102,7 +103,8 @@ def show(record: dict) -> None:
     for row, name in zip(record["verified"], ("the first of these", "its own dials"), strict=False):
         print(
             f"Measured, {name}, {dials(row)}: {row['measured_tokens_per_second']:.0f} tokens/s, "
-            f"{row['measured_speedup']:.2f} x; the prediction was off by {row['prediction_error']:+.1%}."
+            f"{row['measured_speedup']:.2f} x; the prediction was off by {row['prediction_error']:+.1%}, of the "
+            f"speed-up by {row['speedup_error']:+.1%}."
         )
     print(f"Recommended: {dials(record['recommended'])}.")
 

@@ -192,6 +192,24 @@ def test_provenance_lies_beside_the_weights(tmp_path, llama, make_trainer):
     assert (tmp_path / "provenance.json").read_text() == text  # the time after a training is not training
 
 
+@pytest.mark.parametrize("max_steps", [3, 8])
+def test_a_finished_run_keeps_its_provenance(tmp_path, llama, make_trainer, max_steps):
+    """Run again, whether it ends within an epoch or with one, so that what is pushed is the same."""
+    for facts in ({"data": "first"}, {"data": "second"}):
+        trainer = make_trainer(llama, arguments(tmp_path, max_steps=max_steps, save_steps=1), facts=facts)
+        trainer.train(resume_from_checkpoint=facts["data"] == "second")
+        trainer.save_model()
+        text = (tmp_path / "provenance.json").read_text()
+        assert json.loads(text)["data"] == "first"
+    (tmp_path / "provenance.json").unlink()  # killed before it was written: the checkpoint's
+    trainer.save_model()
+    assert json.loads((tmp_path / "provenance.json").read_text())["data"] == "first"
+    trainer = make_trainer(llama, arguments(tmp_path, max_steps=max_steps + 1), facts={"data": "third"})
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    assert json.loads((tmp_path / "provenance.json").read_text())["data"] == "third"
+
+
 def test_the_time_before_an_interruption_counts(tmp_path, llama, make_trainer):
     make_trainer(llama, arguments(tmp_path)).train()
     file = tmp_path / "checkpoint-4/provenance.json"

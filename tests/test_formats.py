@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from modeling_speculator import MedusaConfig, MedusaModel, MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.formats import ARCTIC_LSTM, ARCTIC_MLP, save_arctic
+from modeling_speculator.model_cards.provenance_file import is_about, read_provenance, weights_in, write_provenance
 
 
 RECIPE = Path(__file__).parents[1] / "recipes/convert.py"
@@ -209,6 +210,7 @@ def test_the_command(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base_model")
     model = speculator_of("gated", base_model_name_or_path=str(tmp_path / "base_model"))
     model.save_pretrained(tmp_path / "ours")
+    write_provenance(tmp_path / "ours", {"steps": 3})
 
     def run(*flags):
         return subprocess.run([sys.executable, RECIPE, *map(str, flags)], capture_output=True, text=True)
@@ -220,6 +222,8 @@ def test_the_command(tmp_path):
     done = run("--speculator", tmp_path / "arctic", "--to", "mlp_speculator", "--output", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "back")), logits_of(model))
+    known = read_provenance(tmp_path / "back")
+    assert known["steps"] == 3 and is_about(known, weights_in(tmp_path / "back"))
     again = run("--speculator", tmp_path / "arctic", "--to", "mlp_speculator", "--output", tmp_path / "back")
     assert "is not empty" in again.stderr
     speculator_of("untied").save_pretrained(tmp_path / "nameless")

@@ -1,5 +1,6 @@
 """Ways to decode side by side: all of them lossless, counted rightly, and what can't run says why."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -168,6 +169,28 @@ def test_a_speed_that_drifts_drifts_for_both(llama, drafters, monkeypatch):
     assert [row["speedup"] for row in rows] == pytest.approx([1.0] * 4, abs=0.01)
     rates = [row["tokens_per_second"] for row in rows]
     assert max(rates) > 1.05 * min(rates)  # as they would have been compared
+
+
+def test_the_time_is_that_of_a_bare_loop(llama, drafters, monkeypatch):
+    """By a clock that every forward of base model and drafter moves on: the harness adds none."""
+    forwards = [0]
+
+    def count(*_):
+        forwards[0] += 1
+
+    model, speculator = copy.deepcopy(llama), copy.deepcopy(drafters["speculator"])
+    for module in (model, *speculator.speculator.head):
+        module.register_forward_pre_hook(count)
+    monkeypatch.setattr("modeling_speculator.latency.time.perf_counter", lambda: float(forwards[0]))
+    names = ["generate", "speculator", "static:generate", "static:speculator"]
+    methods = expand_methods(names, model, {"speculator": speculator})
+    measured = measure_latency(model, methods, batches(), 12, rounds=2)
+    for method, row in zip(methods, measured, strict=True):
+        options = method.options | {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+        forwards[0] = 0
+        for ids, mask in batches():
+            model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
+        assert 2 * 12 / row["tokens_per_second"] == pytest.approx(forwards[0]), method.name
 
 
 def test_unknown_methods(llama, drafters):

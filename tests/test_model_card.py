@@ -31,14 +31,15 @@ def figures(tokens_per_step, **more):
 ACCEPTANCE = figures(
     2.0,
     categories={"humaneval": figures(2.25), "qa": figures(1.5, tokens_per_step_interval=None)},
-    sampled=figures(1.25, tokens_per_step_without_loops=None),
+    sampled=figures(1.25, tokens_per_step_without_loops=None)
+    | {"sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 10}},
     settings={"prompts": "some/HumanEval.jsonl.gz", "max_new_tokens": 128, "n_candidates": 4, "n_tree_nodes": None}
-    | {"top_k_tokens_per_head": [5, 3]},
+    | {"top_k_tokens_per_head": [5, 3], "chat": True, "base_model": "org/base"},
     machine=MACHINE,
     versions=VERSIONS,
 )
 CELL = {"prompt_length": 64, "new_tokens": 100, "dtype": "torch.bfloat16", "machine": {"gpu": "a GPU"} | MACHINE}
-CELL |= {"versions": VERSIONS, "outputs": 8, "identical_outputs": 8, "batch_size": 1}
+CELL |= {"versions": VERSIONS, "outputs": 8, "identical_outputs": 8, "batch_size": 1, "base_model": "org/base"}
 LATENCY = [
     CELL | {"method": "generate", "speedup": 1.0, "tokens_per_second": 30.2, "tokens_per_step": 1.0},
     CELL | {"method": "mtp", "skipped": "the base model has no such layers"},
@@ -61,6 +62,8 @@ STAGE_2 = STAGE_1 | {
     "started_from": STAGE_1,
     "losses": [],
     "base_model_weights": "0123456789abcdef",
+    "weights": {"model.safetensors": "fedcba9876543210"},
+    "model": {"speculator": "org/first"},
     "git_revision": "deadbeef",
     "versions": VERSIONS,
 }

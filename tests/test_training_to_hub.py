@@ -42,7 +42,9 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
         "from huggingface_hub import HfApi; HfApi().create_repo('org/base')\n"
         f"HfApi().upload_folder(repo_id='org/base', folder_path={str(base)!r})"
     )
-    (tmp_path / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=4000)))
+    documents = [" ".join(random.Random(seed).choices(words, k=80)) for seed in range(60)]
+    lines = (json.dumps({"text": document}) + "\n" for document in documents)
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
     env = os.environ | hub.environment(tmp_path / "home")
 
     def run(script, returncode=0, **flags):
@@ -54,22 +56,29 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
         assert TOKEN not in done.stdout + done.stderr
         return done.stderr
 
-    train = {"base_model": "org/base", "data_files": tmp_path / "text.txt", "use_cpu": "true", "report_to": "none"}
+    train = {"base_model": "org/base", "data_files": tmp_path / "texts.jsonl", "use_cpu": "true"}
     train |= {"per_device_train_batch_size": 4, "save_steps": 2, "max_steps": 4, "logging_steps": 1}
-    train |= {"push_to_hub": "true", "hub_model_id": "org/trained"}
-    new = {"n_predict": 2, "inner_dim": 16, "top_k_tokens_per_head": [3, 2], "n_candidates": 4}
+    train |= {"validation_fraction": 0.1, "push_to_hub": "true", "hub_model_id": "org/trained"}
+    train |= {"base_model_dtype": "float32"}  # as it is measured, so that the figures' base model is compared
+    new = {"config": RECIPES / "quickstart/stage1.yaml", "sequence_length": 32, "generation_length": 12}
+    distil = train | {"config": RECIPES / "quickstart/stage2.yaml", "prompt_length": 8, "generation_length": 12}
+    distil |= {"speculator": tmp_path / "stage1", "output_dir": tmp_path / "stage2", "hub_strategy": "end"}
     hub.fail("/commit/nightly", status=403)  # of the first checkpoint; the training goes on
-    log = run("train_speculator.py", **train, **new, stage=1, sequence_length=32, output_dir=tmp_path / "stage1",
-              hub_revision="nightly")  # fmt: skip
+    log = run("train_speculator.py", **train | new, output_dir=tmp_path / "stage1", hub_revision="nightly")
     assert "checkpoint-2 was not pushed" in log
     repository = hub.repositories["org/trained"]
     assert repository.tags == {} and len(repository.commits) > 2  # of checkpoints, too
     assert set(hub.files("org/trained", "main")) == {".gitattributes"}
-    run("train_speculator.py", **train, stage=2, prompt_length=8, generation_length=12, speculator=tmp_path / "stage1",
-        output_dir=tmp_path / "stage2", hub_strategy="end", hub_version="1.0.0")  # fmt: skip
-    log = run("train_speculator.py", returncode=1, **train, **new, stage=1, sequence_length=32, hub_version="1.0.0",
-              output_dir=tmp_path / "again")  # fmt: skip
-    assert "ValueError: org/trained has a version v1.0.0 already" in log and not (tmp_path / "again").exists()
+    run("train_speculator.py", **distil, hub_version="1.0.0")
+    version, commits = dict(repository.tags), len(repository.commits)
+    run("train_speculator.py", **distil, hub_version="1.0.0")  # finished before: the same again, and nothing sent
+    assert repository.tags == version and len(repository.commits) == commits
+    for option, complaint in (
+        ({"hub_version": "1.0.0"}, "ValueError: org/trained has a version v1.0.0 already"),
+        ({"hub_private_repo": "true"}, "ValueError: org/trained is public already"),
+    ):
+        log = run("train_speculator.py", returncode=1, **train | new | option, output_dir=tmp_path / "again")
+        assert complaint in log and not (tmp_path / "again").exists()
     sent = hub.files("org/trained", "v1.0.0")
     assert sent["model.safetensors"] == (tmp_path / "stage2/model.safetensors").read_bytes()
     assert not [name for name in sent if "checkpoint" in name or name.endswith((".bin", ".pt"))]

@@ -135,6 +135,8 @@ def test_the_command(tmp_path, speculator):
     for row in load["verified"]:
         ratio = row["predicted_tokens_per_second"] / row["measured_tokens_per_second"]
         assert row["prediction_error"] == pytest.approx(ratio - 1)
+        (predicted,) = (one for one in load["predictions"] if all(one[dial] == row[dial] for dial in DIALS))
+        assert row["speedup_error"] == pytest.approx(predicted["speedup"] / row["measured_speedup"] - 1)
     written = MLPSpeculatorConfig.from_pretrained(tmp_path / "speculator")
     assert {dial: getattr(written, dial) for dial in DIALS} == load["recommended"]
     MLPSpeculatorPreTrainedModel.from_pretrained(tmp_path / "speculator")

@@ -1,7 +1,6 @@
 """Where weights come from: what was trained, on what, with what, for how long."""
 
 import dataclasses
-import json
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -11,26 +10,16 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..benchmarking import digest, machine
+from ..model_cards.provenance_file import read_provenance
 
 
-FILE = "provenance.json"
+_ALWAYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay")
 _PACKAGES = ("modeling-speculator", "torch", "transformers", "accelerate", "datasets", "peft", "huggingface-hub")
-
-
-def write_provenance(folder: str | Path, facts: dict) -> None:
-    """Writes facts beside the weights in a folder."""
-    (Path(folder) / FILE).write_text(json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n")
-
-
-def read_provenance(folder: str | None) -> dict | None:
-    """What is known of the weights in a folder; None of none, or of a name on the Hub."""
-    file = Path(folder or "") / FILE
-    return json.loads(file.read_text()) if folder and file.is_file() else None
 
 
 def seconds_in(checkpoint: str | Path) -> float:
     """The training time that a checkpoint says it took; 0 where it does not say."""
-    return (read_provenance(str(checkpoint)) or {}).get("seconds", 0.0)
+    return (read_provenance(checkpoint) or {}).get("seconds", 0.0)
 
 
 def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculator: PreTrainedModel) -> dict:
@@ -39,6 +28,7 @@ def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculato
         "base_model": base_model.config.name_or_path,
         "base_model_revision": revision_of(base_model.config.name_or_path),
         "base_model_weights": digest(base_model),
+        "base_model_dtype": None if getattr(base_model, "is_quantized", False) else str(base_model.dtype),
         "speculator": speculator.config.to_diff_dict(),
         "trainable_parameters": sum(weight.numel() for weight in speculator.parameters() if weight.requires_grad),
         "arguments": {key: value for key, value in args.to_dict().items() if _is_telling(key, value, args)},
@@ -50,12 +40,13 @@ def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculato
 
 
 def _is_telling(key: str, value, args: TrainingArguments) -> bool:
-    """Whether an argument is not at its default; folders and tokens say nothing."""
+    """Whether an argument is not at its default, or one that everybody asks for, and says how it was trained."""
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(args)
     }
-    return key in defaults and value != defaults[key] and not key.endswith(("_dir", "_token"))
+    is_told = key in _ALWAYS or (key in defaults and value != defaults[key])
+    return is_told and not key.endswith(("_dir", "_token")) and not key.startswith(("hub_", "push_to_hub"))
 
 
 def revision_of(name_or_path: str, revision: str | None = None) -> str | None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class PublishingTrainer(SafeTrainer):
     """A trainer whose pushes are speculators with their card and code, in one commit each, tagged at the end."""
 
-    def init_hf_repo(self, *args, **kwargs) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Finds out before the training what would stop a push after it, as far as that can be known."""
         if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE) or self.args.hub_always_push:
             raise ValueError(
@@ -31,12 +31,13 @@ class PublishingTrainer(SafeTrainer):
             raise ValueError("What is pushed are whole weights: set `fsdp_state_dict_type: FULL_STATE_DICT`.")
         tag = tag_of(self.args.hub_version) if self.args.hub_version is not None else None
         check_base_model(self.model.config.base_model_name_or_path)
-        super().init_hf_repo(*args, **kwargs)
+        super().init_hf_repo(token, private)
         if not self.is_world_process_zero():
             return
-        api = HfApi(token=self.args.hub_token)
+        api = HfApi(token=token or self.args.hub_token)
         check_base_is_there(api, self.hub_model_id, self.model.config.to_dict())
-        check_repository(api, self.hub_model_id, api.repo_info(self.hub_model_id), self.args.hub_private_repo)
+        private = self.args.hub_private_repo if private is None else private
+        check_repository(api, self.hub_model_id, api.repo_info(self.hub_model_id), private)
         if tag in list_versions(self.hub_model_id, api.token) and latest_checkpoint(self.args.output_dir) is None:
             raise ValueError(f"{self.hub_model_id} has a version {tag} already. Set another `hub_version`.")
 
@@ -47,9 +48,13 @@ class PublishingTrainer(SafeTrainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **kwargs,
+        license: str | None = None,
     ) -> str | None:
         """Publishes the speculator, tagged with `hub_version` unless it is `save_model` that pushes.
+
+        Args:
+            blocking: of transformers; this always returns when all is there.
+            license: as the Hub writes it, for the card.
 
         Returns:
             The commit, in the main process.
@@ -60,7 +65,8 @@ class PublishingTrainer(SafeTrainer):
         if not self.is_world_process_zero():
             return None
         version = None if commit_message == "Model save" else self.args.hub_version
-        return self._publish(self.args.output_dir, version, commit_message, token, revision)
+        options = {"token": token, "branch": revision, "private": private, "license": license}
+        return self._publish(self.args.output_dir, version, commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As far as it goes: a training of hours does not end because the Hub can't be reached for a moment."""
@@ -70,8 +76,10 @@ class PublishingTrainer(SafeTrainer):
             except Exception as error:
                 logger.warning("%s was not pushed (%s); the training goes on.", checkpoint_folder, error)
 
-    def _publish(self, folder: str, version: str | None, message: str | None, token=None, revision=None) -> str:
-        options = {"branch": revision or self.args.hub_revision or "main", "token": token or self.args.hub_token}
+    def _publish(
+        self, folder: str, version: str | None, message: str | None, token=None, branch=None, **options
+    ) -> str:
+        options |= {"branch": branch or self.args.hub_revision or "main", "token": token or self.args.hub_token}
         # What the config says, wherever the base model was loaded from.
         options["base_model"] = self.model.config.base_model_name_or_path
         return publish(folder, self.hub_model_id, version, message=message, **options).commit

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check_shapes
 from ..families import output_logits
+from ..model_cards.provenance_file import is_about, read_provenance, weights_in, write_provenance
 from .acceptance import ExpectedAcceptance
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
@@ -20,7 +21,7 @@ from .continuations import ContinuationSampler
 from .distribution import are_finite, check_distribution, is_sharded, place_base_model, prepare_fsdp
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective, counted_labels
-from .provenance import known_before, seconds_in, write_provenance
+from .provenance import known_before, seconds_in
 from .publishing import PublishingTrainer
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
@@ -107,6 +108,7 @@ class SpeculatorTrainer(PublishingTrainer):
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
         self.facts, self.seconds, self.started = facts, 0.0, None  # seconds of training, but for those since `started`
+        self.checkpoint = None  # that it went on from
         self._divisor = None  # of the sums of losses of a step's micro-batches
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -189,7 +191,7 @@ class SpeculatorTrainer(PublishingTrainer):
         checkpoint = (
             latest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         )
-        self.seconds = seconds_in(checkpoint) if checkpoint else 0.0
+        self.seconds, self.checkpoint = seconds_in(checkpoint) if checkpoint else 0.0, checkpoint
         self.started = time.perf_counter()
         result = super().train(checkpoint, *args, **kwargs)
         self.seconds, self.started = self._seconds(), None
@@ -214,7 +216,11 @@ class SpeculatorTrainer(PublishingTrainer):
             )
             progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": self._seconds()}
             progress["losses"] = [[log["step"], log["loss"]] for log in self.state.log_history if "loss" in log]
-            write_provenance(output_dir or self.args.output_dir, self.facts | progress)
+            folder = output_dir or self.args.output_dir
+            had_ended = self.checkpoint is not None and steps == self._initial_global_step
+            known = [read_provenance(place) for place in (folder, self.checkpoint) if had_ended]
+            known = [facts for facts in known if is_about(facts, weights_in(folder))]  # it stays as it was
+            write_provenance(folder, known[0] if known else self.facts | progress)
 
     def _seconds(self) -> float:
         return round(self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0), 1)
