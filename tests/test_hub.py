@@ -312,6 +312,10 @@ def test_the_provenance_of_other_weights_is_not_sent(hub, client, repo, tmp_path
     client.run(warn.format("ignore"))
     client.run(f"{load}{change}speculator.push_to_hub({repo!r}, version='2.0.0')")
     assert "provenance.json" not in hub.files(repo, "v2.0.0")
+    again = load.replace(repr(str(tmp_path / "a")), f"{repo!r}, revision='v1.0.0'")
+    client.run(f"{again}speculator.push_to_hub('{repo}-again', version='1.0.0')")
+    sent = hub.files(f"{repo}-again", "v1.0.0")
+    assert sent["provenance.json"] == hub.files(repo, "v1.0.0")["provenance.json"]
     save(tmp_path / "a", seed=1)
     with pytest.raises(RuntimeError, match="provenance.json tells of other weights"):
         publish(client, tmp_path / "a", repo, "3.0.0")
