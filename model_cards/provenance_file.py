@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 
 
 FILE = "provenance.json"
+WEIGHTS, SHARDS = "model.safetensors", "model-?????-of-?????.safetensors"
 
 
 def write_provenance(folder: str | Path, facts: dict) -> None:
@@ -55,7 +56,7 @@ def is_about(provenance: dict | None, weights: list[Path]) -> bool:
 
 def weights_in(folder: str | Path) -> list[Path]:
     """The files, of one whole kind; none of a name on the Hub."""
-    kinds = ("model.safetensors", "model-?????-of-?????.safetensors", "adapter_model.safetensors")
+    kinds = (WEIGHTS, SHARDS, "adapter_model.safetensors")
     return next(filter(None, (sorted(Path(folder).glob(kind)) for kind in kinds)), [])
 
 

@@ -20,12 +20,12 @@ from huggingface_hub.utils import validate_repo_id
 from packaging.version import InvalidVersion, Version
 
 from ..drafters import DRAFTERS
-from .provenance_file import FILE, is_about, read_provenance, sha256_of, weights_in
-from .repository import INDEX, WEIGHTS, collect
+from .provenance_file import FILE, SHARDS, WEIGHTS, is_about, read_provenance, sha256_of, weights_in
+from .repository import INDEX, collect
 
 
 # What an earlier version may have left that a new one does not have; other people's files stay.
-_OURS = (WEIGHTS, "model-?????-of-?????.safetensors", INDEX, "acceptance.json", "latency.json", FILE)
+_OURS = (WEIGHTS, SHARDS, INDEX, "acceptance.json", "latency.json", FILE)
 
 
 @dataclass(frozen=True)

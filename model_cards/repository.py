@@ -15,10 +15,10 @@ from ..benchmarking import digest
 from ..drafters import DRAFTERS
 from ..formats import read_config
 from .model_card import render_card
-from .provenance_file import FILE, is_about
+from .provenance_file import FILE, WEIGHTS, is_about
 
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _FILES = (".jsonl", ".json", ".txt", ".gz", ".parquet", ".yaml")
 _REMOTE = ("https://", "http://", "hf://", "s3://", "gs://")
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{30,}\b")
@@ -163,7 +163,8 @@ def read_measured(name: str, path: str | Path, speculator, provenance: dict | No
             known = [(row.get("base_model_weights"), row["weights"], row["dtype"]) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no {name}.json of {recipe}.") from error
-    known = [(base, dtype) for base, own, dtype in known if digest(deepcopy(speculator).to(_dtype(dtype))) == own]
+    digests = {dtype: digest(deepcopy(speculator).to(_dtype(dtype))) for dtype in {dtype for *_, dtype in known}}
+    known = [(base, dtype) for base, own, dtype in known if own == digests[dtype]]
     if not known:
         raise ValueError(f"{path} was measured with another speculator. Measure this one: {recipe}.")
     trained_beside = (provenance or {}).get("base_model_weights")

@@ -15,7 +15,7 @@ from .evaluation import distinct_ngrams, loops
 from .methods import Method
 
 
-BETWEEN = 3  # runs of other methods between two of plain `generate`
+BETWEEN = 3  # runs of others between two of plain `generate`, to which they are compared: the machine's speed drifts
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]  # input_ids and attention_mask, (batch, length)
 

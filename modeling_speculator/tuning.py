@@ -20,11 +20,11 @@ from .context_vectors import read_context_vectors
 from .decoding import max_nodes
 from .drafters import dials_of, turned
 from .evaluation import accepted_drafts, simulate_emissions
+from .latency import BETWEEN
 
 
 TREE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CANDIDATES = (1, 2, 3, 4, 5, 8, 16)
-BETWEEN = 3  # dials between two runs of plain `generate`, to which they are compared: the machine's speed drifts
 MEASURED_PROMPTS = 4  # of one load, for the costs of a step
 
 

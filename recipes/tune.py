@@ -19,10 +19,11 @@ import torch
 from modeling_speculator.benchmarking import digest, machine, versions
 from modeling_speculator.checks import main_device
 from modeling_speculator.configuration_mlp_speculator import DIALS
+from modeling_speculator.latency import BETWEEN
 from modeling_speculator.loading import load_base_model, load_drafter
 from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
 from modeling_speculator.records import RecordFile
-from modeling_speculator.tuning import BETWEEN, MEASURED_PROMPTS, tune
+from modeling_speculator.tuning import MEASURED_PROMPTS, tune
 
 
 AXES = ("batch_size", "prompt_length")
