@@ -6,7 +6,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-from transformers.utils import cached_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 
 FILE = "provenance.json"
@@ -26,11 +27,11 @@ def read_provenance(name: str | Path | None, revision: str | None = None, token:
     """What a folder or a repository of the Hub tells of its weights, true or not (`is_about`); None of none."""
     if name is None:
         return None
-    options = {"revision": revision, "token": token, "_raise_exceptions_for_missing_entries": False}
+    options = {"revision": revision, "token": token}
     try:
-        file = Path(name) / FILE if Path(name).is_dir() else cached_file(str(name), FILE, **options)
-        return json.loads(Path(file).read_text()) if file is not None else None
-    except FileNotFoundError:
+        file = Path(name) / FILE if Path(name).is_dir() else hf_hub_download(str(name), FILE, **options)
+        return json.loads(Path(file).read_text())
+    except (FileNotFoundError, EntryNotFoundError):
         return None
     except OSError as error:  # the Hub can't be reached, or there is no such repository
         warnings.warn(f"The {FILE} of {name} could not be read: {type(error).__name__}.", stacklevel=2)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from .transformers_api import attn_implementation, set_attn_implementation
 
 
 # transformers' sdpa function repeats the keys and values of grouped-query models whenever there are a mask and more
@@ -39,7 +39,7 @@ def tree_attention_forward(
         (batch, nodes, heads, head_dim), and None for the weights.
     """
     if attention_mask is None or not attention_mask.is_floating_point():
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, heads, nodes, dim = query.shape
     group = heads // key.shape[1]
     if group > 1:
@@ -52,12 +52,12 @@ def tree_attention_forward(
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)
-AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(TREE_ATTENTION, AttentionMaskInterface()["sdpa"])
 
 
 def uses_sdpa(model) -> bool:
     """Whether the model runs with sdpa, be it our variant, in the middle of another thread's call."""
-    return model.config.get_text_config(decoder=True)._attn_implementation in ("sdpa", TREE_ATTENTION)
+    return attn_implementation(model.config.get_text_config(decoder=True)) in ("sdpa", TREE_ATTENTION)
 
 
 _lock = threading.Lock()
@@ -73,7 +73,7 @@ def tree_attention(model):
     config = model.config.get_text_config(decoder=True)
     with _lock:
         _users[id(config)] += 1
-        config._attn_implementation = TREE_ATTENTION
+        set_attn_implementation(config, TREE_ATTENTION)
     try:
         yield
     finally:
@@ -81,4 +81,4 @@ def tree_attention(model):
             _users[id(config)] -= 1
             if _users[id(config)] == 0:  # the last one puts it back
                 del _users[id(config)]
-                config._attn_implementation = "sdpa"
+                set_attn_implementation(config, "sdpa")

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .attention import uses_sdpa
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .families import LEARNED_POSITIONS, MULTIMODAL, SUPPORTED_MODEL_TYPES, attention_windows
+from .transformers_api import CACHE, attn_implementation, execution_device, is_checkpointing, is_stateful
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ def check_models(model, speculator) -> None:
         )
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         reason = ""
-        if model._is_stateful:
+        if is_stateful(model):
             reason = ": it has a recurrent state, from which a rejected token can't be taken back"
         elif config.model_type in _ALIBI or getattr(config, "alibi", False):
             reason = ": it has ALiBi positions, which go by the order of keys in the cache"
@@ -63,12 +64,12 @@ def check_models(model, speculator) -> None:
     warn_of_another_base(model, speculator)
     if isinstance(speculator.config, MLPSpeculatorConfig):
         speculator.config.check_dials(*(getattr(speculator.config, dial) for dial in DIALS))
-    if not uses_sdpa(model) and config._attn_implementation != "eager":
+    if not uses_sdpa(model) and attn_implementation(config) != "eager":
         raise ValueError(
-            f"{name} runs with `attn_implementation={config._attn_implementation!r}`, which takes no mask of a "
+            f"{name} runs with `attn_implementation={attn_implementation(config)!r}`, which takes no mask of a "
             'candidate tree. Load it with `attn_implementation="sdpa"` or "eager".'
         )
-    if model.training and model.is_activation_checkpointing:
+    if model.training and is_checkpointing(model):
         raise ValueError(
             f"{name} is training with gradient checkpointing, which allows no cache. Call `eval()` first."
         )
@@ -123,8 +124,7 @@ def main_device(model) -> torch.device:
     if model.device.type != "meta":
         return model.device
     # Its weights are offloaded: accelerate's hooks bring them to where they are needed.
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    devices = map(execution_device, model.modules())
     return torch.device(next(device for device in devices if device is not None))
 
 
@@ -174,14 +174,14 @@ def check_request(model, request) -> None:
         for key in sorted(model_kwargs.keys() - _KNOWN_MODEL_KWARGS)
         if not _is_empty(model_kwargs[key])
     )
-    if request.is_adaptive and (getattr(model, "_tp_size", None) or 1) > 1:
+    if request.is_adaptive and (model.tp_size or 1) > 1:
         raise ValueError(
             '`speculation="adaptive"` goes by a clock, but with tensor parallelism all processes must do the same. '
             "Set `speculator.config.n_candidates` yourself."
         )
     batch, given = request.input_ids.shape
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-    cache = request.past_key_values
+    cache = request.past
     if cache is not None:
         check_cache(cache, request)
     cached = 0 if cache is None else int(cache.get_seq_length())
@@ -197,8 +197,8 @@ def check_request(model, request) -> None:
         raise ValueError("The prompt is empty. Pass at least one token, such as the beginning-of-sequence token.")
     if request.context_length <= cached:
         raise ValueError(
-            f"`past_key_values` holds {cached} tokens already, all of the {request.context_length} that were given. "
-            "Pass at least one new token, or `past_key_values.crop(-1)` first."
+            f"`{CACHE}` holds {cached} tokens already, all of the {request.context_length} that were given. "
+            f"Pass at least one new token, or `{CACHE}.crop(-1)` first."
         )
     position_ids = model_kwargs.get("position_ids")
     if position_ids is not None and position_ids.ndim != 2:
@@ -212,26 +212,24 @@ def check_cache(cache: Cache, request) -> None:
     if getattr(cache, "offloading", False) or any(type(layer) not in kinds for layer in cache.layers):
         raise ValueError(
             f"Speculation reads no {type(cache).__name__} whose layers are offloaded, quantized or other than keys "
-            "and values. Pass a `DynamicCache` or a `StaticCache` as `past_key_values`."
+            f"and values. Pass a `DynamicCache` or a `StaticCache` as `{CACHE}`."
         )
     batch, mask = len(request.input_ids), request.model_kwargs.get("attention_mask")
     if batch > 1 and mask is not None and not mask.all():
-        raise ValueError(
-            "`past_key_values` can be passed for a batch only if no row is padded. Pass the rows one by one."
-        )
+        raise ValueError(f"`{CACHE}` can be passed for a batch only if no row is padded. Pass the rows one by one.")
     if batch > 1 and request.synced_gpus:
         raise ValueError(
-            "`past_key_values` of a batch can't be handed back under `synced_gpus`: rows that end apart need a "
+            f"`{CACHE}` of a batch can't be handed back under `synced_gpus`: rows that end apart need a "
             "forward of this process alone. Pass the rows one by one."
         )
     rows = {layer.keys.shape[0] for layer in cache.layers if layer.is_initialized}
     if rows - {batch}:
-        raise ValueError(f"`past_key_values` is of a batch of {max(rows)}, but the inputs are of one of {batch}.")
+        raise ValueError(f"`{CACHE}` is of a batch of {max(rows)}, but the inputs are of one of {batch}.")
     room = min((layer.get_max_length() for layer in cache.layers if type(layer) is StaticLayer), default=None)
     needed = request.context_length + request.budget - 1
     if room is not None and needed > room:
         raise ValueError(
-            f"`past_key_values` is a static cache of {room} tokens, but the request needs {needed}. "
+            f"`{CACHE}` is a static cache of {room} tokens, but the request needs {needed}. "
             "Make it larger, or lower `max_new_tokens`."
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .cache import SpeculativeCache
+from .transformers_api import cache_of
 
 
 # Of each decoder that is at work: its calls and its hook. One for all calls: a compiled step is guarded by the hooks
@@ -39,8 +40,9 @@ def handed_to_cache(model) -> Iterator[None]:
 
 
 def _hand_over(module, args, output) -> None:
-    if isinstance(output.past_key_values, SpeculativeCache):
-        output.past_key_values.context_vectors = output.last_hidden_state
+    cache = cache_of(output)
+    if isinstance(cache, SpeculativeCache):
+        cache.context_vectors = output.last_hidden_state
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .context_vectors import handed_to_cache
 from .families import attention_windows
 from .request import Request
 from .sampling import SCORES_ONLY, TokenDraw, check_drawable, draw_row_keys
+from .transformers_api import CACHE, has_unfinished_sequences, optimized_for_decoding, prefill
 from .verification import accept_drawn, cut_at_end
 from .walk import Walk, treats_rows_apart
 
@@ -56,7 +57,7 @@ class SpeculativeDecoder:
             self.prefill()
             mode = torch.inference_mode() if self.allows_inference_mode else nullcontext()
             masked = nullcontext() if self.cache.dense else tree_attention(model)
-            with masked, model._optimize_model_for_decode(), mode:
+            with masked, optimized_for_decoding(model), mode:
                 self.decode()
         if request.streamer is not None:
             request.streamer.end()
@@ -73,10 +74,9 @@ class SpeculativeDecoder:
         windows = attention_windows(config)
         capacity = self.capacity()
         self.cache = SpeculativeCache(
-            config.num_hidden_layers, capacity, windows, request.past_key_values, self.reusable_storage()
+            config.num_hidden_layers, capacity, windows, request.past, self.reusable_storage()
         )
-        model_kwargs = request.model_kwargs | {"past_key_values": self.cache}
-        outputs = model._prefill(input_ids, request.generation_config, model_kwargs)
+        outputs = prefill(model, input_ids, request.generation_config, request.model_kwargs, self.cache)
         mask = request.model_kwargs.get("attention_mask")
         windowed = any(window is not None and window < capacity for window in windows.values())
         dense = self.max_nodes == 1 and mask is None and not windowed and uses_sdpa(model) and self.may_be_dense
@@ -174,7 +174,7 @@ class SpeculativeDecoder:
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""
-        return self.model._has_unfinished_sequences(not self.unfinished, self.request.synced_gpus, self.device)
+        return has_unfinished_sequences(self.model, not self.unfinished, self.request.synced_gpus, self.device)
 
     def choose(self) -> None:
         """Decides how many candidates are drafted next."""
@@ -211,9 +211,9 @@ class SpeculativeDecoder:
             attention_mask=self.cache.prepare_step(tree, root_column, in_use),
             # Nodes past the last token that can be emitted are never accepted; their positions may not exist.
             position_ids=torch.minimum(self.lengths + self.from_length + tree.depths, self.last_position),
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **{CACHE: self.cache},
             **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
         )
 

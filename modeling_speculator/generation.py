@@ -16,6 +16,7 @@ from .drafters import is_drafter
 from .request import Request
 from .static_decoding import StaticDecoder
 from .statistics import SpeculationStatistics
+from .transformers_api import CACHE, check_contract, passed_cache
 
 
 @dataclass
@@ -24,8 +25,8 @@ class GenerateSpeculativeOutput(GenerateDecoderOnlyOutput):
 
     speculation: what the speculator achieved in this call.
     scores, logits, hidden_states: as without a speculator, but 0 for a row that has ended.
-    past_key_values: the cache that was passed in, else a new `DynamicCache`, of all tokens but the last. None where
-        none was passed and rows differ in length: a plain cache has no room for that.
+    cache (`past_key_values` before transformers 5.24): the cache that was passed in, else a new `DynamicCache`, of all
+        tokens but the last. None where none was passed and rows differ in length: a plain cache has no room for that.
     """
 
     speculation: SpeculationStatistics | None = None
@@ -40,6 +41,7 @@ class SpeculativeGenerationMixin(GenerationMixin):
             return _originals["_validate_generation_mode"](
                 self, generation_mode, generation_config, generation_mode_kwargs
             )
+        check_contract("generate")
         check_models(self, assistant_model)
         check_options(generation_mode, generation_config)
 
@@ -66,14 +68,13 @@ class SpeculativeGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **kwargs,
             )
-        cache = kwargs.pop("past_key_values", None)
         request = Request(
             input_ids,
             generation_config,
             logits_processor,
             stopping_criteria,
+            past=passed_cache(kwargs),
             model_kwargs={key: value for key, value in kwargs.items() if key not in _LOOP_KWARGS},
-            past_key_values=cache if getattr(cache, "_is_user_defined", False) else None,
             streamer=streamer,
             synced_gpus=bool(synced_gpus),
         )
@@ -136,7 +137,7 @@ def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | tor
     """What `generate` returns, and the caller's cache filled."""
     request = decoder.request
     sequences = decoder.text()
-    cache = request.past_key_values
+    cache = request.past
     if cache is not None:
         fill_cache(decoder, sequences, cache)
     if not request.generation_config.return_dict_in_generate:
@@ -149,7 +150,7 @@ def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | tor
         scores=walk.recorded(lambda group: group.scores) if request.returns("scores") else None,
         logits=walk.recorded(lambda group: group.logits) if request.returns("logits") else None,
         hidden_states=collect_hidden_states(decoder) if request.returns("hidden_states") else None,
-        past_key_values=cache,
+        **{CACHE: cache},
         speculation=SpeculationStatistics.from_counts(
             emitted=torch.tensor([step.n_emitted for step in decoder.steps]).view(-1, len(sequences)),
             n_nodes=torch.tensor([step.n_nodes for step in decoder.steps]).view(-1, len(sequences)),
@@ -170,8 +171,8 @@ def fill_cache(decoder: SpeculativeDecoder, sequences: torch.Tensor, cache):
         decoder.model(
             input_ids=sequences[:, columns].to(decoder.device),
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
     return cache
 

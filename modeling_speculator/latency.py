@@ -13,6 +13,7 @@ from .benchmarking import synchronize
 from .drafters import turned
 from .evaluation import distinct_ngrams, loops
 from .methods import Method
+from .transformers_api import forget_static_cache
 
 
 BETWEEN = 3  # runs of others between two of plain `generate`, to which they are compared: the machine's speed drifts
@@ -35,7 +36,7 @@ def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: 
         drafter.
     """
     runs = [_Runs(model, method, batches, new_tokens) for method in methods]
-    model._previous_max_cache_length = -1  # else `generate` makes static caches as large as any before
+    forget_static_cache(model)
     for run in tqdm(runs, desc="warm-up", leave=False):
         run.attempt(run.warm_up)
     plain = next((run for run in runs if run.method.name == "generate"), None)

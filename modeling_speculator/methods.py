@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
-from transformers import CompileConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .drafters import dials_of, is_drafter
+from .transformers_api import compile_on_any_device
 
 
 # Those of transformers; speculators and draft models go by the names that they are given.
@@ -76,9 +77,7 @@ def _form_options(form: str) -> dict:
         return {}
     if form == "static":
         return {"cache_implementation": "static", "disable_compile": True}
-    compile_config = CompileConfig()
-    compile_config._compile_all_devices = True  # `generate` compiles on no CPU otherwise
-    return {"cache_implementation": "static", "compile_config": compile_config}
+    return {"cache_implementation": "static", "compile_config": compile_on_any_device()}
 
 
 def _options(what: str, model: PreTrainedModel, drafters: dict[str, PreTrainedModel]) -> dict:

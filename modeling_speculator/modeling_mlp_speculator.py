@@ -73,8 +73,9 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         kwargs["key_mapping"] = KEY_MAPPING | (kwargs.get("key_mapping") or {})
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = [f"{kind}: {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
-        if model.config.tie_weights and len(model.all_tied_weights_keys) < len(model._tied_weights_keys):
-            differ = sorted(model._tied_weights_keys.keys() - model.all_tied_weights_keys.keys())
+        tied = model.speculator.tied_weights(model.config.n_predict) if model.config.tie_weights else {}
+        differ = sorted({f"speculator.{key}" for key in tied} - model.all_tied_weights_keys.keys())
+        if differ:
             problems.append(f"weights that `tie_weights` ties, yet differ: {differ}")
         if problems:
             raise ValueError(
@@ -83,7 +84,6 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
                 "there, and that the download is complete."
             )
         model.loaded_revision = kwargs.get("revision")
-        model._weight_conversions = None  # else `save_pretrained` would write the names that were read
         model.speculator.freeze_unread()
         return (model, info) if output_loading_info else model
 
@@ -113,11 +113,12 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for other weights than the model's, which are not what would be pushed.
         """
+        own_names = {"save_original_format": False}  # else those of another form that it was read from
         if not push_to_hub:
-            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **own_names | kwargs)
         if state_dict is not None:
             raise ValueError("Load `state_dict` into the speculator, then push it.")
-        super().save_pretrained(save_directory, is_main_process)
+        super().save_pretrained(save_directory, is_main_process, **own_names)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         return self.push_to_hub(repo_id, **kwargs) if is_main_process else None
 

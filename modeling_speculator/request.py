@@ -6,12 +6,14 @@ import torch
 from transformers import Cache, GenerationConfig, StaticCache
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
+from .transformers_api import mask_length, pad_token_id
+
 
 @dataclass
 class Request:
     """What `generate` was asked for, as it hands it to a decoding method.
 
-    past_key_values: the caller's cache of an earlier call, None where there is none.
+    past: the caller's cache of an earlier call, None where there is none.
     """
 
     input_ids: torch.Tensor
@@ -19,7 +21,7 @@ class Request:
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     model_kwargs: dict
-    past_key_values: Cache | None = None
+    past: Cache | None = None
     streamer: object | None = None
     synced_gpus: bool = False
 
@@ -31,7 +33,8 @@ class Request:
         if mask is not None:
             return mask.shape[1]
         # `generate` drops a mask that masks nothing, and remembers how long it was.
-        return getattr(self.generation_config, "_mask_length", (self.input_ids if embeds is None else embeds).shape[1])
+        dropped = mask_length(self.generation_config)
+        return (self.input_ids if embeds is None else embeds).shape[1] if dropped is None else dropped
 
     @property
     def last_positions(self) -> torch.Tensor:
@@ -62,14 +65,13 @@ class Request:
 
     @property
     def pad_token_id(self) -> int:
-        pad = self.generation_config._pad_token_tensor
-        return 0 if pad is None else int(pad)
+        return pad_token_id(self.generation_config)
 
     @property
     def is_static(self) -> bool:
         """Whether every step is to have the same shapes."""
         static = self.generation_config.cache_implementation == "static"
-        return static or isinstance(self.past_key_values, StaticCache)
+        return static or isinstance(self.past, StaticCache)
 
     @property
     def is_adaptive(self) -> bool:

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from transformers import CompileConfig
 from transformers.utils import logging
 
 from .candidate_tree import CandidateTree
 from .decoding import SpeculativeDecoder
+from .transformers_api import cant_be_compiled, check_contract, mark_static_address, recompile_limits
 
 
 logger = logging.get_logger(__name__)
@@ -37,7 +36,7 @@ class Workspace:
 
 _DEVICES_WITH_GRAPHS = ("cuda",)
 # One compilation for each size of the view, batch, model, dial and setting of the processors: more than dynamo's 8.
-_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
+_LIMITS = 256, 4096  # and of all functions
 # Of each model the last one, and no more: it holds a cache. A call takes it out, so that no other can.
 _workspaces: WeakKeyDictionary = WeakKeyDictionary()
 _compiled_functions: dict = {}
@@ -79,14 +78,14 @@ class StaticDecoder(SpeculativeDecoder):
         if not self.keeps_storage:
             return
         for layer in self.cache.layers:
-            torch._dynamo.mark_static_address(layer.keys)
-            torch._dynamo.mark_static_address(layer.values)
+            mark_static_address(layer.keys)
+            mark_static_address(layer.values)
         owners = [(self, name) for name in _STATE] + [(self.cache, name) for name in _CACHE_STATE]
         for owner, name in [*owners, (self.cache.slots, "rows")]:
             key, value = f"{type(owner).__name__}.{name}", getattr(owner, name)
             kept = self.workspace.tensors.get(key)
             if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):
-                torch._dynamo.mark_static_address(value)
+                mark_static_address(value)
                 self.workspace.tensors[key] = value
             else:
                 setattr(owner, name, kept.copy_(value))
@@ -95,7 +94,7 @@ class StaticDecoder(SpeculativeDecoder):
         self.read(self.report(self.bare_root))
         function = _step if self.is_self_contained else _propose
         step = function if self.compile_config is None else _compiled(function, self.compile_config)
-        with dynamo_config.patch(**_LIMITS):
+        with recompile_limits(*_LIMITS):
             while self.goes_on():
                 self.choose()
                 view = _view(self.longest - 1 + self.in_cache_only + self.max_nodes)
@@ -104,7 +103,7 @@ class StaticDecoder(SpeculativeDecoder):
                     torch.compiler.cudagraph_mark_step_begin()
                 try:
                     outcome = step(self, view)
-                except (Unsupported, FailOnRecompileLimitHit) as error:  # before anything has run
+                except cant_be_compiled() as error:  # before anything has run
                     logger.warning(
                         f"The step can't be compiled for {type(self.model).__name__}, and runs uncompiled: {error}"
                     )
@@ -135,6 +134,7 @@ class StaticDecoder(SpeculativeDecoder):
         for reason in (reason for reason, is_so in obstacles.items() if is_so):
             logger.warning_once(f"The step of {type(model).__name__} is not compiled, because {reason}.")
             return None
+        check_contract("compile")
         return given or CompileConfig()
 
 

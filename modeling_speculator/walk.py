@@ -17,6 +17,7 @@ from transformers.generation import stopping_criteria as sc
 
 from .candidate_tree import CandidateTree
 from .sampling import SCORES_ONLY, TokenDraw
+from .transformers_api import prefix_allowed_tokens_fn
 from .verification import Verified
 
 
@@ -174,6 +175,6 @@ def _for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
             processor = copy.copy(processor)
             processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
     elif type(processor) is lp.PrefixConstrainedLogitsProcessor:
-        allowed = processor._prefix_allowed_tokens_fn
+        allowed = prefix_allowed_tokens_fn(processor)
         processor = lp.PrefixConstrainedLogitsProcessor(lambda _, input_ids: allowed(row, input_ids), num_beams=1)
     return processor

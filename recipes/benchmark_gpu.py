@@ -54,7 +54,7 @@ def main() -> None:
                 args.output.write_text(json.dumps(report, indent=2) + "\n")
         report.setdefault("kernels", {})[target] = profile(model, speculator, args)
         del model, speculator
-        torch._dynamo.reset()
+        torch.compiler.reset()
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CompileConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.benchmarking import machine, speedup, step_times, time_in_turn, versions
 from modeling_speculator.decoding import max_nodes
 from modeling_speculator.evaluation import generate_greedily
+from modeling_speculator.transformers_api import compile_on_any_device
 
 
 COLUMNS = {
@@ -100,9 +101,7 @@ def methods(config, with_static: bool) -> dict[str, tuple[dict | None, dict]]:
         f"n_tree_nodes = {best_nodes['n_tree_nodes']}": (best_nodes, {}),
     }
     if with_static:
-        compile_config = CompileConfig()
-        compile_config._compile_all_devices = True  # `generate` compiles on no CPU otherwise
-        static = {"cache_implementation": "static", "compile_config": compile_config}
+        static = {"cache_implementation": "static", "compile_config": compile_on_any_device()}
         rows["static"] = (None, static)
         rows |= {f"static, {name}": (dials, static) for name, (dials, _) in rows.items() if dials is not None}
     return rows

@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..transformers_api import check_contract, run_dir
+
 
 # Written when everything else of a checkpoint is on disk: {"files": {name: bytes}, "can_resume": whether it is more
 # than the model}.
@@ -16,6 +18,10 @@ MARKER = "complete.json"
 
 class SafeTrainer(Trainer):
     """A `Trainer` that marks its checkpoints once they are whole, and goes on from the newest of those."""
+
+    def __init__(self, *args, **kwargs):
+        check_contract("train")
+        super().__init__(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
@@ -31,8 +37,8 @@ class SafeTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Lets go of older checkpoints only when this one is whole."""
-        run_dir = Path(self._get_output_dir(trial=trial))
-        checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(run_dir(self, trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:  # it may be there, of a run that went on from before
             (checkpoint / MARKER).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -45,13 +51,13 @@ class SafeTrainer(Trainer):
         if self.args.should_save:
             mark_complete(checkpoint, can_resume=not self.args.save_only_model)
             if limit is not None and limit > 0:
-                rotate(run_dir, limit, keep={str(checkpoint), str(self.state.best_model_checkpoint)})
+                rotate(folder, limit, keep={str(checkpoint), str(self.state.best_model_checkpoint)})
         self.accelerator.wait_for_everyone()
 
 
-def rotate(run_dir: Path, limit: int, keep: set[str]) -> None:
+def rotate(folder: Path, limit: int, keep: set[str]) -> None:
     """Deletes checkpoints that were cut off, and the oldest of the others, until `limit` are left; never `keep`."""
-    found = checkpoints(run_dir)
+    found = checkpoints(folder)
     whole = sorted(filter(is_complete, found), key=lambda path: (path / MARKER).stat().st_mtime_ns)
     can_go = [path for path in whole if str(path) not in keep]
     too_many = can_go[: max(0, len(whole) - limit)]
@@ -78,10 +84,10 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(path) for path in found if is_complete(path) and _marker(path)["can_resume"]), None)
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, whole or not, by their steps."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    found = [path for path in run_dir.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
+    found = [path for path in folder.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 

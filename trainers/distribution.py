@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..transformers_api import layer_classes
+
 
 def check_distribution(accelerator: Accelerator, num_processes: int | None) -> None:
     """Raises a ValueError where training would run on fewer processes, or in another way, than the launcher was told.
@@ -92,7 +94,7 @@ def _held_here(weight: nn.Parameter) -> torch.Tensor:
 
 
 def _fully_sharded(base_model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    layers = [module for module in base_model.modules() if type(module).__name__ in base_model._no_split_modules]
+    layers = [module for module in base_model.modules() if type(module).__name__ in layer_classes(base_model)]
     if not layers:
         raise ValueError(f"{type(base_model).__name__} does not say what its layers are: it can't be sharded.")
     mesh = dist.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

@@ -4,13 +4,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checks import check_shapes
 from ..drafters import DRAFTERS
 from ..families import output_logits
+from ..transformers_api import fake_tensors, storage_id
 from .alignment import TrainingBatch, align
 from .base_model import read
 from .chunked import CHUNK_ELEMENTS
@@ -44,7 +44,7 @@ def dry_run(args: list[str]) -> dict:
     config = AutoConfig.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
     auto = model_args.base_model_dtype == "auto"
     dtype = (config.dtype or torch.float32) if auto else getattr(torch, model_args.base_model_dtype)
-    with FakeTensorMode():  # shapes, dtypes and autograd, but no data: the meta device, with autocast
+    with fake_tensors():  # shapes, dtypes and autograd, but no data: the meta device, with autocast
         return _dry_run(model_args, data, training, config, dtype, _speculator_config(model_args, config, args))
 
 
@@ -132,8 +132,7 @@ def _saved_for_backward(
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         # A chunk's logits are gone before the next chunk.
         if tensor.shape not in shapes and tensor.shape[-1:] != (speculator.config.vocab_size,):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage  # and so alive: no other storage gets its address
+            kept[storage_id(tensor)] = tensor.untyped_storage()  # and so alive: no other storage gets its address
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..checks import check_shapes
 from ..families import output_logits
 from ..model_cards.provenance_file import is_about, read_provenance, weights_in, write_provenance
+from ..transformers_api import own_lr_scheduler, prepare_inputs
 from .acceptance import ExpectedAcceptance
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
@@ -203,7 +204,7 @@ class SpeculatorTrainer(PublishingTrainer):
             self.lr_scheduler = parabolic_cosine_schedule(
                 optimizer or self.optimizer, self.args.get_warmup_steps(num_training_steps), num_training_steps
             )
-            self._created_lr_scheduler = True
+            own_lr_scheduler(self)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -227,8 +228,8 @@ class SpeculatorTrainer(PublishingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves tied weights once: those that were gathered have lost that they are one."""
-        tied = self.model._tied_weights_keys if getattr(self.model.config, "tie_weights", False) else {}
         if state_dict is not None and not isinstance(self.model, PeftModel):
+            tied = self.model.all_tied_weights_keys
             state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
@@ -256,7 +257,7 @@ class SpeculatorTrainer(PublishingTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = prepare_inputs(self, inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         of_rows = (outputs.row_losses, outputs.correct, outputs.correct_top_k)

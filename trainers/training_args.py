@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..transformers_api import dict_arguments
 from .losses import DISTRIBUTION_LOSSES, LOSSES
 
 
@@ -251,7 +252,7 @@ def _read(path: str, known: Collection[str]) -> dict:
 
 def _as_flags(key: str, value, takes_list: bool) -> list[str]:
     """A line of YAML as the flags that say the same, so that both are converted and checked by one parser."""
-    if isinstance(value, dict) and key in TrainingArguments._VALID_DICT_FIELDS:
+    if isinstance(value, dict) and key in dict_arguments():
         return [f"--{key}={json.dumps(value)}"]
     if isinstance(value, list) and takes_list and not any(isinstance(item, (dict, list)) for item in value):
         return [f"--{key}", *map(str, value)]
