@@ -122,6 +122,7 @@ DEFINED = (
     Expected(f"{_MODEL}._init_weights", "generate", ("module",)),
     Expected(f"{_MODEL}._tied_weights_keys", "generate"),
     Expected(f"{_MODEL}._keys_to_ignore_on_load_unexpected", "generate"),
+    Expected(f"{_TRAINER}.save_model", "train", ("output_dir", "_internal_call")),
     Expected(f"{_TRAINER}._save", "train", ("output_dir", "state_dict")),
     Expected(f"{_TRAINER}._save_checkpoint", "train", ("model", "trial")),
     Expected(f"{_TRAINER}._run_epoch", "train"),
@@ -301,6 +302,11 @@ def run_dir(trainer, trial) -> str:
 def prepare_inputs(trainer, inputs: dict) -> dict:
     """A batch on the trainer's device."""
     return trainer._prepare_inputs(inputs)
+
+
+def save_model_only(trainer) -> None:
+    """Saves what is trained into the output folder, without pushing it."""
+    trainer.save_model(_internal_call=True)
 
 
 def own_lr_scheduler(trainer) -> None:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-import modeling_speculator  # noqa: F401  lets `generate` take a speculator
+from modeling_speculator.transformers_api import CACHE  # importing it lets `generate` take a speculator
 
 
 COLORS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"
@@ -136,7 +136,7 @@ def chat(args, model, tokenizer, speculator) -> None:
         if cache is None or same < cache.get_seq_length():
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         ids = torch.tensor([ids], device=model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
         out = generate(args, model, tokenizer, speculator, **inputs)
         text = out.sequences[0].tolist()
         answer = tokenizer.decode(text[ids.shape[1] :], skip_special_tokens=True)

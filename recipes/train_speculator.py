@@ -23,6 +23,7 @@ from modeling_speculator.trainers import (
     parse_recipe,
 )
 from modeling_speculator.trainers.provenance import revision_of
+from modeling_speculator.transformers_api import save_model_only
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
     if checkpoint:
         print(f"Resuming from {checkpoint}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(_internal_call=True)  # which pushes nothing; that is done below
+    save_model_only(trainer)  # what is pushed is pushed below
     trainer.save_metrics("train", result.metrics)
     if validation_rows is not None:
         metrics = trainer.evaluate()

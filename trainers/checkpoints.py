@@ -5,7 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..transformers_api import check_contract, run_dir
@@ -82,6 +83,11 @@ def latest_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run that it can go on from, or None."""
     found = reversed(checkpoints(Path(output_dir)))
     return next((str(path) for path in found if is_complete(path) and _marker(path)["can_resume"]), None)
+
+
+def steps_in(checkpoint: str | Path) -> int:
+    """The steps that a checkpoint was trained for."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def checkpoints(folder: Path) -> list[Path]:

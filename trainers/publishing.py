@@ -8,6 +8,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..model_cards.publishing import check_base_is_there, check_repository, list_versions, publish, tag_of
 from ..model_cards.repository import check_base_model
+from ..transformers_api import save_model_only
 from .checkpoints import SafeTrainer, latest_checkpoint
 
 
@@ -61,7 +62,7 @@ class PublishingTrainer(SafeTrainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
+        save_model_only(self)
         if not self.is_world_process_zero():
             return None
         version = None if commit_message == "Model save" else self.args.hub_version

@@ -17,7 +17,7 @@ from ..transformers_api import own_lr_scheduler, prepare_inputs
 from .acceptance import ExpectedAcceptance
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
-from .checkpoints import latest_checkpoint
+from .checkpoints import latest_checkpoint, steps_in
 from .continuations import ContinuationSampler
 from .distribution import are_finite, check_distribution, is_sharded, place_base_model, prepare_fsdp
 from .metrics import HeadWindow, Stopwatch, head_metrics
@@ -218,7 +218,7 @@ class SpeculatorTrainer(PublishingTrainer):
             progress = {"steps": best if is_best else steps, "steps_trained": steps, "seconds": self._seconds()}
             progress["losses"] = [[log["step"], log["loss"]] for log in self.state.log_history if "loss" in log]
             folder = output_dir or self.args.output_dir
-            had_ended = self.checkpoint is not None and steps == self._initial_global_step
+            had_ended = self.checkpoint is not None and steps == steps_in(self.checkpoint)
             known = [read_provenance(place) for place in (folder, self.checkpoint) if had_ended]
             known = [facts for facts in known if is_about(facts, weights_in(folder))]  # it stays as it was
             write_provenance(folder, known[0] if known else self.facts | progress)
