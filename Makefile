@@ -1,22 +1,48 @@
 # Each target works on a fresh machine with nothing but Python >= 3.11: it makes .venv and installs what it needs.
+# TRANSFORMERS=5.17.0 before or after a target runs it with that release, in an environment of its own.
+# TORCH="==2.14.*" takes another torch; the default is a range whose newest CPU build is small.
 PYTHON ?= python3
-VENV := .venv
+TORCH ?= >=2.11,<2.14
+OLDEST := 5.17.0
+FIRST := .venv
+VENV := $(FIRST)$(if $(TRANSFORMERS),-$(TRANSFORMERS))
 BIN := $(VENV)/bin
+# One for each torch: another one is then installed over it.
+STAMP := installed$(shell echo "$(TORCH)" | tr -c '[:alnum:].\n' _)
 
-.PHONY: install quickstart test lint bench bench-training bench-gpu head-to-head-gpu clean
+.PHONY: install quickstart test test-newest test-oldest test-some lint bench bench-training bench-gpu head-to-head-gpu clean
 
-install: $(VENV)/installed
+install: $(VENV)/$(STAMP)
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+$(FIRST)/$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(FIRST)
+	$(FIRST)/bin/pip install --quiet --editable ".[dev]" "torch$(TORCH)"
+	touch $@
+
+# Everything but transformers and what it asks for is the first environment's, so that this takes seconds.
+$(FIRST)-%/$(STAMP): pyproject.toml $(FIRST)/$(STAMP)
+	$(PYTHON) -m venv $(FIRST)-$*
+	$(FIRST)-$*/bin/pip uninstall --quiet --yes setuptools
+	$(FIRST)/bin/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$($(FIRST)-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/first.pth
+	$(FIRST)-$*/bin/pip install --quiet --no-build-isolation --editable . "transformers==$*"
 	touch $@
 
 quickstart: install
 	$(BIN)/python recipes/quickstart.py
 
-test: install
+# The whole suite on one release, and what must hold on every one of them on the oldest.
+test: test-newest test-oldest
+
+test-newest: install
 	$(BIN)/python -m pytest
+
+ON_EVERY_RELEASE := transformers_api loading theorems sampling conversation static alignment trainers packaging
+test-oldest:
+	$(MAKE) TRANSFORMERS=$(OLDEST) TESTS="$(ON_EVERY_RELEASE:%=tests/test_%.py)" test-some
+
+test-some: install
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -49,4 +75,4 @@ head-to-head-gpu: install
 		--output_dir outputs/gpu/head_to_head --inner_dim 1024 --dtype bfloat16 $(BENCH)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(FIRST) $(FIRST)-* outputs
