@@ -17,19 +17,22 @@ def compare_greedy(model, speculator, input_ids: torch.Tensor, attention_mask: t
     """Continues a batch of left-padded prompts (batch, length) greedily, plainly and with a speculator.
 
     Returns:
-        Of each row whether both are `identical`; if not, the `position` of the first other token, and the `gap` in
-        logits there between the base model's first two choices: about 0 where rounding decides between them.
+        Of each row `tokens_per_step`, and whether both are `identical`; if not, the `position` of the first other
+        token, and the `gap` in logits there between the base model's first two choices: about 0 where rounding decides
+        between them.
     """
     length = input_ids.shape[1]
     options |= {"attention_mask": attention_mask, "do_sample": False}
     plain = model.generate(input_ids, **options)
-    ours = model.generate(input_ids, assistant_model=speculator, **options)
+    out = model.generate(input_ids, assistant_model=speculator, return_dict_in_generate=True, **options)
+    ours = out.sequences
     longest = max(plain.shape[1], ours.shape[1])
     plain, ours = (torch.nn.functional.pad(text, (0, longest - text.shape[1]), value=-1) for text in (plain, ours))
     differ = plain != ours
     rows = []
     for row, first in enumerate(differ.long().argmax(-1).tolist()):
-        found = {"identical": not bool(differ[row].any())}
+        yields = out.speculation.per_sequence[row].tokens_per_step or 1.0  # no step: the prefill emitted all
+        found = {"identical": not bool(differ[row].any()), "tokens_per_step": yields}
         if not found["identical"]:
             text = plain[row : row + 1, :first]
             mask = torch.nn.functional.pad(attention_mask[row : row + 1], (0, first - length), value=1)
