@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from .candidate_tree import CandidateTree
+from .transformers_api import empty_cache
 
 
 @dataclass
@@ -227,7 +228,7 @@ class SpeculativeCache(Cache):
         slots.scatter_(1, columns, torch.arange(self.slots.capacity, device=slots.device).expand_as(columns))
         slots[:, : self.prompt_length] = torch.arange(self.prompt_length, device=slots.device)  # never moved
         slots = slots[:, :length]
-        cache.reset()
+        empty_cache(cache)
         for index, layer in enumerate(self.layers):
             rows, ordered = self.slots.rows.to(layer.keys.device), slots.to(layer.keys.device)
             keys, values = layer.keys[rows, :, ordered], layer.values[rows, :, ordered]

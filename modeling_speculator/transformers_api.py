@@ -16,6 +16,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
@@ -205,6 +206,15 @@ def passed_cache(model_kwargs: dict):
     """Takes the cache out of what `generate` hands to a loop, and returns it where the caller passed it; else None."""
     past = model_kwargs.pop(CACHE, None)
     return past if getattr(past, "_is_user_defined", False) else None
+
+
+def empty_cache(past) -> None:
+    """Takes all tokens out of a cache. Before 5.20 `reset` leaves layers that grow as long as they are, full of 0."""
+    past.reset()
+    for layer in past.layers:
+        if isinstance(layer, DynamicLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
 
 def mask_length(generation_config) -> int | None:
