@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # One for each torch: another one is then installed over it.
 STAMP := installed$(shell echo "$(TORCH)" | tr -c '[:alnum:].\n' _)
 
-.PHONY: install quickstart test test-newest test-oldest test-some lint bench bench-training bench-gpu head-to-head-gpu clean
+.PHONY: install quickstart test test-all test-oldest test-some lint bench bench-training bench-gpu head-to-head-gpu clean
 
 install: $(VENV)/$(STAMP)
 
@@ -31,10 +31,11 @@ $(FIRST)-%/$(STAMP): pyproject.toml $(FIRST)/$(STAMP)
 quickstart: install
 	$(BIN)/python recipes/quickstart.py
 
-# The whole suite on one release, and what must hold on every one of them on the oldest.
-test: test-newest test-oldest
+# The whole suite on the newest release, and what must hold on every one on the oldest; with TRANSFORMERS the whole
+# suite on that one.
+test: test-all $(if $(TRANSFORMERS),,test-oldest)
 
-test-newest: install
+test-all: install
 	$(BIN)/python -m pytest
 
 ON_EVERY_RELEASE := transformers_api loading theorems sampling conversation static alignment trainers packaging
@@ -45,8 +46,8 @@ test-some: install
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 # BENCH="--base_model DIR --speculator DIR" measures yours; the default is a random model of 36 M parameters.
 bench: install
