@@ -65,7 +65,7 @@ def in_one_line(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {_line(error.__cause__ or error)}") from error
     except OSError as error:  # not found or not reached, here and on the Hub
         raise ValueError(f"{name}: {_why_not_found(name, error)} ({_line(error)})") from error
-    except ValueError as error:  # no such configuration or split, broken files, no possible id
+    except (ValueError, RuntimeError) as error:  # no such configuration or split, broken files, a loading script
         raise ValueError(f"{name}: {_line(error)}") from error
 
 
@@ -74,8 +74,8 @@ def _why_not_found(name: str, error: OSError) -> str:
         return "this folder has no data that `datasets` can read"
     if Path(name).exists():
         return "this is a file, not a folder or a dataset of the Hub"
-    asked = "the Hub could not be asked" if isinstance(error, ConnectionError) else "the Hub has no such dataset"
-    return f"there is no file or folder of this name, and {asked}"
+    asked = "gives no such dataset" if isinstance(error, FileNotFoundError) else "could not be asked"
+    return f"there is no file or folder of this name, and the Hub {asked}"
 
 
 def _line(error: BaseException) -> str:

@@ -13,7 +13,9 @@ from ..text_files import is_whole
 
 
 WHERE = "__where__"  # key of a row's file and its number there
-SURE_AFTER = 1000  # rows: sorted data may begin with some that are bad
+# Rows, and the share of bad ones among those so far, from which on most are sure to be bad: where half are, chance is
+# six standard deviations away.
+SURE_AFTER, SURE_SHARE = 1000, 0.6
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _KINDS = {bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
@@ -40,12 +42,12 @@ class LeftOut:
         self.count += 1
         self.first = self.first or reason.encode(errors="backslashreplace").decode()  # it may quote half characters
         if self.kept + self.count >= SURE_AFTER:
-            self.check()
+            self.check(SURE_SHARE)
         self._tell()
 
-    def check(self) -> None:
-        """Raises a ValueError where more rows are left out than kept."""
-        if self.count > self.kept:
+    def check(self, share: float = 0.5) -> None:
+        """Raises a ValueError where more than this share is left out."""
+        if self.count > share * (self.kept + self.count):
             raise ValueError(f"{self._share()} can't be trained on. The first: {self.first}.")
 
     def _tell(self) -> None:

@@ -78,15 +78,16 @@ def read_rows(paths: list[str], column: str) -> Iterator[dict]:
 
 def matching_files(patterns: list[str]) -> list[str]:
     """The files that names or patterns stand for, each once; a ValueError where one stands for none."""
-    found = []
+    found = {}
     for pattern in patterns:
         matches = [path for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
         if not matches and Path(pattern).is_dir():
             raise ValueError(f"`data_files: {pattern}` is a folder: name it as `dataset`, or the files in it.")
         if not matches:
             raise ValueError(f"`data_files` that don't exist: {pattern}.")
-        found += matches
-    return list({Path(path).resolve(): path for path in reversed(found)}.values())[::-1]
+        for path in matches:
+            found.setdefault(Path(path).resolve(), path)
+    return list(found.values())
 
 
 def _of_files(paths: list[str], data: DataArguments) -> Texts:
