@@ -1,17 +1,19 @@
 """Prompts to measure on, in the formats that they are published in."""
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .named_datasets import files_of_folder, load_split
+from .text_files import is_whole, lines_of, rows_of, suffix_of
 
+
+_SUFFIXES = (".txt", ".jsonl", ".json")
 _MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 _FORMATS = (
     "`prompt` or `text` (and `category`), Spec-Bench's and MT-bench's `turns` (and `category`), HumanEval's `task_id` "
@@ -40,14 +42,17 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """Reads prompts from a file or a dataset.
 
     Args:
-        source: a text file (a prompt a line), jsonl, gzipped or not, or a dataset's Hub id or folder, with its
-            configuration and split where there are several: `openai/openai_humaneval`, `openai/gsm8k:main`,
-            `my-org/prompts::train`. The split is "test" unless it is named.
+        source: a file, .txt (a prompt a line), .jsonl (an object a line) or .json (or one array of them), gzipped or
+            not, or a dataset's Hub id or folder, with its configuration and split where there are several:
+            `openai/openai_humaneval`, `openai/gsm8k:main`, `my-org/prompts::train`. The split is "test" unless it is
+            named.
         limit: at most, spread evenly, so that every category keeps its share.
 
     Raises:
-        ValueError: for a source that is empty or of unknown form, with the line that is wrong.
+        ValueError: for a source that is missing, broken, empty or of unknown form, with the line that is wrong.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, but is {limit}.")
     prompts = [_parse(row, where) for row, where in _rows(source)]
     if not prompts:
         raise ValueError(f"{source} holds no prompts: give a file with one a line, or jsonl with {_FORMATS}.")
@@ -58,32 +63,32 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
 
 def _rows(source: str) -> Iterator[tuple[dict, str]]:
     """Rows of a file or a dataset, and where each comes from."""
-    path = Path(source)
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if not path.is_file() and kind in (".jsonl", ".json", ".txt"):
-        raise ValueError(f"{source}: there is no such file.")
-    if not path.is_file():
-        name, config, split = (source.split(":") + ["", ""])[:3]
-        for number, row in enumerate(datasets.load_dataset(name, config or None, split=split or "test")):
-            yield row, f"{source}, row {number}"
+    if Path(source).is_file():
+        yield from _rows_of_file(source)
         return
-    if kind not in (".jsonl", ".json", ".txt"):
-        raise ValueError(f"{source}: prompts are read from .txt or .jsonl, gzipped or not, not from {kind!r}.")
-    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{source}, line {number}"
-            if line.strip():
-                yield {"prompt": line.rstrip("\n")} if kind == ".txt" else _decode(line, where), where
+    if suffix_of(source) in _SUFFIXES and not Path(source).is_dir():
+        raise ValueError(f"{source}: there is no such file.")
+    name, config, split = (source.split(":") + ["", ""])[:3]
+    dataset = name, config or None, split or "test"
+    if files := files_of_folder(*dataset, _SUFFIXES):
+        for path in files:
+            yield from _rows_of_file(path)
+        return
+    for number, row in enumerate(load_split(*dataset), start=1):
+        yield row, f"{source}, row {number}"
 
 
-def _decode(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}). Each line has to be one JSON object.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__} where a JSON object with {_FORMATS} is expected.")
-    return row
+def _rows_of_file(path: str) -> Iterator[tuple[dict, str]]:
+    kind = suffix_of(path)
+    if kind not in _SUFFIXES:
+        raise ValueError(f"{path}: prompts are read from {', '.join(_SUFFIXES)}, gzipped or not, not from {kind!r}.")
+    if kind != ".txt":
+        for number, row in rows_of(path):
+            yield row, f"{path}, {'row' if kind == '.json' else 'line'} {number}"
+        return
+    for number, line in lines_of(path):
+        if line.strip():
+            yield {"prompt": line.rstrip("\n")}, f"{path}, line {number}"
 
 
 def _parse(row: dict, where: str) -> Prompt:
@@ -99,9 +104,13 @@ def _parse(row: dict, where: str) -> Prompt:
         reference = row["answer"] if isinstance(row["answer"], str) else None
     else:
         raise ValueError(f"{where}: of unknown form, with {sorted(row)}. Known are {_FORMATS}.")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(map(_is_said, turns)):
         raise ValueError(f"{where}: prompts have to be texts that are not empty, but it says {turns!r}.")
     return Prompt(where, tuple(turns), category, reference)
+
+
+def _is_said(turn) -> bool:
+    return isinstance(turn, str) and bool(turn.strip()) and is_whole(turn)
 
 
 def encode(

@@ -1,8 +1,6 @@
-"""Data: what can be loaded, how it is packed, what is held out, and that order never depends on luck."""
+"""Data: how they are packed, what is held out, and that order never depends on luck."""
 
-import gzip
 import itertools
-import json
 from pathlib import Path
 
 import datasets
@@ -64,73 +62,6 @@ def test_texts_too_short_for_a_sequence(tokenizer):
         pack(texts("1 2 3"), tokenizer, 2, text_column="body")
 
 
-CHAT = [{"role": "user", "content": "1 2"}, {"role": "assistant", "content": "3"}]
-SHARE_GPT = [{"from": "human", "value": "1 2"}, {"from": "gpt", "value": "3"}]
-
-
-@pytest.mark.parametrize("messages", [CHAT, SHARE_GPT])
-def test_conversations_are_written_by_the_chat_template(tokenizer, messages):
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ 91 if message.role == 'user' else 92 }} {{ message.content }} {% endfor %}"
-    )
-    rows = pack(datasets.Dataset.from_dict({"messages": [messages]}), tokenizer, 6, text_column="messages")
-    assert rows["input_ids"][:] == [[91, 1, 2, 92, 3, END]]
-
-
-def test_a_base_model_without_a_chat_template(tokenizer):
-    with pytest.raises(Exception, match="no chat template") as error:
-        pack(datasets.Dataset.from_dict({"messages": [CHAT]}), tokenizer, 2, text_column="messages")
-    assert isinstance(error.value, ValueError)
-
-
-def test_conversations_from_somebody_else(tokenizer):
-    tokenizer.chat_template = "x"
-    messages = [{"from": "human", "value": "1"}, {"from": "tool", "value": "2"}]
-    with pytest.raises(ValueError, match="from \\['tool'\\]"):
-        pack(datasets.Dataset.from_dict({"messages": [messages]}), tokenizer, 2, text_column="messages")
-
-
-def save(data, path):
-    kind = path.name.split(".")[1]
-    if kind == "txt":
-        (path.write_text if path.suffix == ".txt" else gzip.open(path, "wt").write)(data["text"][0])
-    elif kind == "jsonl":
-        lines = "".join(json.dumps(row) + "\n" for row in data)
-        path.write_text(lines) if path.suffix == ".jsonl" else path.write_bytes(gzip.compress(lines.encode()))
-    else:
-        data.to_parquet(path)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "jsonl.gz", "parquet"])
-def test_load_files(tmp_path, suffix, streaming):
-    for number, text in enumerate(["a text\nof two lines", "another"]):
-        save(texts(text), tmp_path / f"{number}.{suffix}")
-    loaded = load_texts(DataArguments(data_files=[str(tmp_path / f"*.{suffix}")], streaming=streaming))
-    assert [row["text"] for row in loaded] == ["a text\nof two lines", "another"]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("saved", [False, True])
-def test_load_folders(tmp_path, streaming, saved):
-    if saved:
-        datasets.DatasetDict({"train": texts("a", "b")}).save_to_disk(tmp_path)
-    else:
-        save(texts("a", "b"), tmp_path / "train.jsonl")
-    loaded = load_texts(DataArguments(dataset=str(tmp_path), streaming=streaming))
-    assert [row["text"] for row in loaded] == ["a", "b"]
-
-
-def test_sources_that_are_wrong(tmp_path):
-    with pytest.raises(ValueError, match="one of both"):
-        load_texts(DataArguments())
-    with pytest.raises(ValueError, match="don't exist.*nowhere.txt"):
-        load_texts(DataArguments(data_files=[str(tmp_path / "nowhere.txt")]))
-    (tmp_path / "a.docx").touch()
-    with pytest.raises(ValueError, match="of one kind"):
-        load_texts(DataArguments(data_files=[str(tmp_path / "a.docx")]))
-
-
 def test_split_holds_out_the_last_rows():
     rows = datasets.Dataset.from_dict({"input_ids": [[n] for n in range(10)]})
     train, validation = split(rows, 0.2)
@@ -147,7 +78,7 @@ def stream(tmp_path):
     """Three files of texts: document n is the number n, n % 7 + 1 times."""
     for file in range(3):
         documents = [" ".join([str(n)] * (n % 7 + 1)) for n in range(30 * file, 30 * file + 30)]
-        save(texts(*documents), tmp_path / f"{file}.jsonl")
+        texts(*documents).to_json(tmp_path / f"{file}.jsonl")
     return DataArguments(
         data_files=[str(tmp_path / "*.jsonl")],
         streaming=True,
@@ -203,6 +134,14 @@ def test_rows_do_not_depend_on_how_they_are_loaded(stream, tokenizer):
     streamed = list(pack(load_texts(stream), tokenizer, 16).take(20))
     stream.streaming = False
     assert streamed == list(pack(load_texts(stream), tokenizer, 16).select(range(20)))
+
+
+def test_a_file_that_was_changed_is_read_again(tmp_path, tokenizer):
+    """`datasets` keeps what was made of it before."""
+    data = DataArguments(data_files=[str(tmp_path / "a.txt")], sequence_length=3, validation_fraction=0)
+    for text in ("1 2 3", "4 5 6"):
+        (tmp_path / "a.txt").write_text(text)
+        assert load_rows(data, tokenizer)[0]["input_ids"][:] == [[*map(int, text.split())]]
 
 
 def test_documents_do_not_attend_to_each_other(family):

@@ -70,6 +70,8 @@ def test_a_limit_is_spread_evenly(tmp_path):
     file = write(tmp_path / "p.jsonl", *({"prompt": str(n)} for n in range(10)))
     assert [prompt.turns for prompt in read_prompts(file, 4)] == [("0",), ("2",), ("5",), ("7",)]
     assert len(read_prompts(file, 99)) == 10
+    with pytest.raises(ValueError, match="`limit` must be at least 1, but is 0"):
+        read_prompts(file, 0)
 
 
 @pytest.mark.parametrize(
@@ -81,20 +83,53 @@ def test_a_limit_is_spread_evenly(tmp_path):
         ("a.jsonl", '["x"]\n', "line 1: a list where a JSON object"),
         ("a.jsonl", '{"text": "x"}\n\n{"body": "x", "id": 3}\n', r"line 3: of unknown form, with \['body', 'id'\]"),
         ("a.jsonl", '{"prompt": "  "}\n', "line 1: prompts have to be texts that are not empty"),
+        ("a.jsonl", '{"prompt": "\\ud83d"}\n', "line 1: prompts have to be texts"),
         ("a.jsonl", '{"turns": []}\n', "line 1: prompts have to be texts"),
         ("a.jsonl", '{"turns": "x"}\n', "line 1: prompts have to be texts"),
         ("a.csv", "prompt\nx\n", "not from '.csv'"),
+        ("a.json", '[{"prompt": "x"}, {"body": "y"}]', r"a.json, row 2: of unknown form, with \['body'\]"),
+        ("a.jsonl.gz", '{"prompt": "x"}\n', "a.jsonl.gz: can't be unzipped"),
+        ("a.txt", "fine\ncaf\xe9\n", "a.txt, line 2: its byte 4, 0xe9, is not UTF-8"),
+        ("a.jsonl", '{"prompt": "caf\xe9"}\n', "a.jsonl, line 1: its byte 16, 0xe9, is not UTF-8"),
     ],
 )
 def test_what_is_wrong(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=message) as error:
         read_prompts(str(tmp_path / name))
+    assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path, name):
+    content = b"\xef\xbb\xbf" + (b"say\xc3\xa9\r\n" if ".txt" in name else '{"prompt": "sayé"}\n'.encode())
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [prompt.turns for prompt in read_prompts(str(tmp_path / name))] == [("sayé",)]
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path):
+    write(tmp_path / "array.json", [{"prompt": "a"}, {"prompt": "b"}])
+    (tmp_path / "test.txt").write_text("one\n\n  two\n")
+    assert [prompt.turns for prompt in read_prompts(str(tmp_path / "array.json"))] == [("a",), ("b",)]
+    (tmp_path / "array.json").unlink()
+    assert read_prompts(str(tmp_path)) == read_prompts(str(tmp_path / "test.txt"))
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"prompt": ["x"]})}).save_to_disk(tmp_path / "saved")
+    (prompt,) = read_prompts(str(tmp_path / "saved"))
+    assert (prompt.turns, prompt.where) == (("x",), f"{tmp_path / 'saved'}, row 1")
+
+
+def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="there is no such file"):
         read_prompts(str(tmp_path / "prompts.jsonl"))
+    message = "there is no file or folder of this name, and the Hub could not be asked"
+    with pytest.raises(ValueError, match=message) as error:
+        read_prompts("org/mistyped")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="this folder has no data that `datasets` can read"):
+        read_prompts(str(tmp_path))
+    (tmp_path / "train.txt").write_text("one")
+    with pytest.raises(ValueError, match="split.*train"):
+        read_prompts(str(tmp_path))
 
 
 def test_the_benchmarks_themselves(shared):

@@ -1,7 +1,7 @@
-"""Texts to sequences of tokens, through `datasets`: loaded or streamed, packed without waste, some held out."""
+"""Documents to sequences of tokens: packed without waste, some held out."""
 
-import glob
 import hashlib
+import inspect
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +10,10 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..text_files import rows_of
+from .documents import LeftOut, tokenized, warn
+from .texts import FileRows, Texts, check_column, load_texts, read_rows
 from .training_args import DataArguments
-
-
-_LOADERS = {".txt": "text", ".py": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-Texts = datasets.Dataset | datasets.IterableDataset
 
 
 def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, stage: int = 1, seed: int = 0):
@@ -46,52 +43,17 @@ def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, stage: in
     return pack(rest, *options), held_out
 
 
-def load_texts(data: DataArguments) -> Texts:
-    """Loads a dataset of the Hub or of a folder, or files. A text file is one document.
-
-    Raises:
-        ValueError: unless exactly one source is named, and for files that are missing or of unknown kind.
-    """
-    if (data.dataset is None) == (data.data_files is None):
-        raise ValueError(
-            f"Name a `dataset` or `data_files`, one of both; got {data.dataset!r} and {data.data_files!r}."
-        )
-    if data.dataset is not None:
-        saved = Path(data.dataset)
-        if (saved / "state.json").is_file() or (saved / "dataset_dict.json").is_file():  # of `save_to_disk`
-            texts = datasets.load_from_disk(data.dataset)
-            texts = texts[data.dataset_split] if isinstance(texts, datasets.DatasetDict) else texts
-            return texts.to_iterable_dataset() if data.streaming else texts
-        return datasets.load_dataset(
-            data.dataset,
-            data.dataset_config,
-            split=data.dataset_split,
-            revision=data.dataset_revision,
-            streaming=data.streaming,
-        )
-    files = [path for name in data.data_files for path in sorted(glob.glob(name, recursive=True)) or [name]]
-    missing = [name for name in files if not Path(name).is_file()]
-    if missing:
-        raise ValueError(f"`data_files` that don't exist: {missing}.")
-    kinds = {_LOADERS.get(Path(name.removesuffix(".gz")).suffix) for name in files}
-    if len(kinds) != 1 or None in kinds:
-        raise ValueError(f"`data_files` must be of one kind, of {sorted(_LOADERS)}; got {files}.")
-    (kind,) = kinds
-    options = {"sample_by": "document"} if kind == "text" else {}
-    return datasets.load_dataset(kind, data_files=files, split="train", streaming=data.streaming, **options)
-
-
 def pack(
     texts: Texts,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     text_column: str = "text",
     separate_documents: bool = True,
-) -> Texts:
+) -> datasets.Dataset | datasets.IterableDataset:
     """Tokenizes texts, joins them with the end-of-sequence token, and cuts rows of `length` tokens.
 
-    A row may hold the end of one text and the beginning of the next. Nothing is left out but what is too short for a
-    row at the very end; of a stream not even that, for it begins anew.
+    A row may hold the end of one text and the beginning of the next. Nothing is left out but what can't be read, of
+    which a warning tells, and what is too short for a row at the very end; of a stream not even that: it begins anew.
 
     Args:
         text_column: of texts, or of conversations, lists of messages {"role", "content"} or {"from", "value"}, which
@@ -100,37 +62,12 @@ def pack(
             documents from attending to each other.
 
     Raises:
-        ValueError: if the texts are too short for one row, or have no such column.
+        ValueError: if the texts are too short for one row, have no such column, or most of them can't be read.
     """
-    columns = texts.column_names
-    if columns is not None and text_column not in columns:
-        raise ValueError(f"The data has no column {text_column!r}, only {columns}: set `text_column`.")
-    features = {"input_ids": datasets.List(datasets.Value("int32"))}
-    if separate_documents:
-        features["position_ids"] = datasets.List(datasets.Value("int32"))
-    features = datasets.Features(features)
-    is_stream = isinstance(texts, datasets.IterableDataset)
-
-    def rows(code: str) -> Iterator[dict]:
-        documents = _tokenized(_forever(texts) if is_stream else texts, tokenizer, text_column)
-        is_empty = True
-        for row in _cut(documents, length, separate_documents):
-            is_empty = False
-            yield row
-        if is_empty:
-            raise ValueError(
-                f"The {len(texts)} texts hold fewer tokens than one sequence of {length}. Give more text, or lower "
-                "`sequence_length` (stage 2: `prompt_length`)."
-            )
-
-    # `datasets` keeps what is made once, by the arguments; another version of this file makes something else.
-    options = {"features": features, "gen_kwargs": {"code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}}
-    if is_stream:
-        return datasets.IterableDataset.from_generator(rows, **options)
-    try:
-        return datasets.Dataset.from_generator(rows, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None  # what `rows` raised
+    if not isinstance(texts, FileRows) and texts.column_names is not None:
+        check_column(texts.column_names, text_column, "The data")
+    packed = _packed_stream if isinstance(texts, datasets.IterableDataset) else _packed
+    return packed(texts, tokenizer, length, text_column, separate_documents)
 
 
 def first_rows(
@@ -150,9 +87,11 @@ def first_rows(
             n_texts += 1
             yield text
 
-    documents = _tokenized(counted(), tokenizer, text_column, batch_size=1)
+    left_out = LeftOut(is_stream=True)
+    documents = tokenized(counted(), tokenizer, text_column, left_out, batch_size=1)
     rows = list(itertools.islice(_cut(documents, length, separate_documents), n_rows))
     if len(rows) < n_rows:
+        left_out.check()
         raise ValueError(
             f"The {n_texts} texts of the stream make only {len(rows)} sequences of {length} tokens, too few to hold "
             f"{n_rows} of them out. Lower `validation_sequences`, or set `streaming: false`."
@@ -183,45 +122,78 @@ def split(
     return train, rows.select(range(len(rows) - held_out, len(rows))) if held_out else None
 
 
-def _forever(texts: datasets.IterableDataset) -> Iterator[dict]:
+def _packed(
+    texts: FileRows | datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text_column: str,
+    separate_documents: bool,
+) -> datasets.Dataset:
+    features = _features(separate_documents)
+
+    def rows(code: str) -> Iterator[dict]:
+        left_out, is_empty = LeftOut(), True
+        documents = tokenized(texts, tokenizer, text_column, left_out)
+        for row in _cut(documents, length, separate_documents):
+            is_empty = False
+            yield row | {"left_out": None}
+        left_out.check()
+        if is_empty:
+            raise ValueError(
+                f"The {left_out.kept} texts hold fewer tokens than one sequence of {length}. Give more text, or lower "
+                "`sequence_length` (stage 2: `prompt_length`)."
+            )
+        yield dict.fromkeys(features, []) | {"left_out": str(left_out) if left_out.count else None}
+
+    # `datasets` keeps what is made once, by the arguments; other code makes something else.
+    try:
+        made = datasets.Dataset.from_generator(
+            rows,
+            features=datasets.Features(features | {"left_out": datasets.Value("string")}),
+            gen_kwargs={"code": _code()},
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None  # what `rows` raised
+    # The last row tells what was left out, so that a run that finds all this made hears of it, too.
+    if made[-1]["left_out"] is not None:
+        warn(made[-1]["left_out"])
+    return made.select(range(len(made) - 1)).remove_columns("left_out")
+
+
+def _packed_stream(
+    texts: datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text_column: str,
+    separate_documents: bool,
+) -> datasets.IterableDataset:
+    def rows() -> Iterator[dict]:
+        left_out = LeftOut(is_stream=True)
+        documents = tokenized(_forever(texts, left_out), tokenizer, text_column, left_out)
+        yield from _cut(documents, length, separate_documents)
+
+    return datasets.IterableDataset.from_generator(rows, features=datasets.Features(_features(separate_documents)))
+
+
+def _features(separate_documents: bool) -> dict[str, datasets.List]:
+    names = ["input_ids", "position_ids"] if separate_documents else ["input_ids"]
+    return {name: datasets.List(datasets.Value("int32")) for name in names}
+
+
+def _code() -> str:
+    """A digest of all that makes documents of files."""
+    files = (inspect.getfile(function) for function in (_packed, tokenized, read_rows, rows_of))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def _forever(texts: datasets.IterableDataset, left_out: LeftOut) -> Iterator[dict]:
     """A stream again and again, in another order each time where it is shuffled."""
     for epoch in itertools.count():
         texts.set_epoch(epoch)
-        is_empty = True
-        for text in texts:
-            is_empty = False
-            yield text
-        if is_empty:
+        yield from texts
+        left_out.check()
+        if not left_out.kept:
             raise ValueError("The stream has no texts left to train on. Give more, or lower `validation_sequences`.")
-
-
-def _tokenized(
-    texts: Iterator[dict], tokenizer: PreTrainedTokenizerBase, column: str, batch_size: int = 1000
-) -> Iterator[np.ndarray]:
-    """The tokens of each text that is not empty, the end-of-sequence token last."""
-    end = tokenizer.eos_token_id
-    texts = (row[column] for row in texts)
-    while batch := list(itertools.islice(texts, batch_size)):
-        batch = [text for text in batch if text]
-        chats = bool(batch) and not isinstance(batch[0], str)
-        if chats:
-            batch = [_as_text(messages, tokenizer, column) for messages in batch]
-        for ids in tokenizer(batch, add_special_tokens=not chats, verbose=False)["input_ids"] if batch else []:
-            yield np.array(ids if end is None or ids[-1:] == [end] else [*ids, end], dtype=np.int32)
-
-
-def _as_text(messages: list[dict], tokenizer: PreTrainedTokenizerBase, column: str) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"The column {column!r} holds conversations, but the base model's tokenizer has no chat template to write "
-            "them with. Set `text_column` to one of texts, or train for the model's chat version."
-        )
-    if "from" in messages[0]:  # ShareGPT's keys
-        unknown = {part["from"] for part in messages} - _ROLES.keys()
-        if unknown:
-            raise ValueError(f"The conversations in {column!r} are from {sorted(unknown)}, not only {sorted(_ROLES)}.")
-        messages = [{"role": _ROLES[part["from"]], "content": part["value"]} for part in messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def _cut(documents: Iterator[np.ndarray], length: int, separate_documents: bool) -> Iterator[dict]:

@@ -9,6 +9,8 @@ import json
 import sysconfig
 from pathlib import Path
 
+from modeling_speculator.text_files import rows_of
+
 
 # Tests, tables of data, and folders that other packages are installed into.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "pydoc_data"}
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--texts", type=Path, help="jsonl with `text`, to split instead")
     args = parser.parse_args()
-    rows = library() if args.texts is None else [json.loads(line) for line in open(args.texts)]
+    rows = library() if args.texts is None else texts_of(args.texts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write(args.output_dir / "train.jsonl", [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY])
     write(args.output_dir / "held_out.jsonl", rows[::HELD_OUT_EVERY])
@@ -34,7 +36,19 @@ def library() -> list[dict]:
         for path in root.rglob("*.py")
         if not LEFT_OUT & set(path.relative_to(root).parts) and path.stat().st_size <= LONGEST
     )
-    return [{"file": str(p.relative_to(root)), "text": p.read_text(encoding="utf-8", errors="replace")} for p in paths]
+    return [
+        {"file": str(p.relative_to(root)), "text": p.read_text(encoding="utf-8-sig", errors="replace")} for p in paths
+    ]
+
+
+def texts_of(path: Path) -> list[dict]:
+    rows = list(rows_of(path))
+    for number, row in rows:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{path}, line {number}: `text` is missing or not a text; there are {sorted(row)}.")
+    if not rows:
+        raise ValueError(f"{path} holds nothing to split.")
+    return [row for _, row in rows]
 
 
 def write(path: Path, rows: list[dict]) -> None:
