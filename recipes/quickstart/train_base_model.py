@@ -6,8 +6,10 @@ python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --outp
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -21,7 +23,11 @@ from transformers import (
     set_seed,
 )
 
-from modeling_speculator.trainers import DataArguments, SafeTrainer, load_texts, pack
+from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
+from modeling_speculator.precision import PRECISIONS, resolve_precision
+from modeling_speculator.trainers import DataArguments, SafeTrainer, latest_checkpoint, load_texts, pack
+from modeling_speculator.trainers.pace import TimedSaves, seconds_per_step, spoken, steps_within
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,61 +35,91 @@ SEQUENCE_LENGTH = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
-    parser.add_argument("--max_steps", type=int, default=800)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
-    parser.add_argument("--num_hidden_layers", type=int, default=10)
-    parser.add_argument("--hidden_size", type=int, default=192)
-    args = parser.parse_args()
+    args = parse_args()
+    begun = read_provenance(args.output_dir) if args.output_dir.is_dir() else None  # perhaps on another machine
+    keeps = begun is not None and args.precision == "fast"
+    precision = begun["precision"] if keeps else resolve_precision(args.precision)
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer(args.corpus)
     texts = load_texts(DataArguments(data_files=[str(args.corpus)]))
     rows = pack(texts, tokenizer, SEQUENCE_LENGTH, separate_documents=False)
     rows = rows.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 21 // 8,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.hidden_size // 32,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
-    print(f"{model.num_parameters():,} parameters, {len(rows) * SEQUENCE_LENGTH:,} tokens to train on")
-    trainer = SafeTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=args.output_dir,
-            max_steps=args.max_steps,
+    model = new_model(tokenizer, args.num_hidden_layers, args.hidden_size)
+    print(f"{model.num_parameters():,} parameters, {len(rows) * SEQUENCE_LENGTH:,} tokens to train on, in {precision}")
+
+    def trainer(model: LlamaForCausalLM, folder: str | Path, max_steps: int, **options) -> SafeTrainer:
+        training_args = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=max_steps,
             per_device_train_batch_size=8,  # small: at so few tokens, more steps count for more
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=40,
             weight_decay=0.1,
             adam_beta2=0.95,
-            bf16=True,
+            bf16=precision == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
-            save_steps=200,
             save_total_limit=1,
             report_to="none",
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,  # all rows are full
+            **options,
+        )
+        data = {"train_dataset": rows, "data_collator": default_data_collator}  # all rows are full
+        return SafeTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
+
+    max_steps = args.max_steps
+    if args.minutes is not None:
+        with TemporaryDirectory() as folder:
+            probe = trainer(copy.deepcopy(model), folder, 8, save_strategy="no", disable_tqdm=True)
+            seconds = seconds_per_step(probe)
+        max_steps = begun["max_steps"] if begun else steps_within(args.minutes, seconds, args.max_steps)
+        checkpoint = latest_checkpoint(args.output_dir)
+        left = max_steps - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+        print(
+            f"A step takes {seconds:.2f} seconds here, {left} steps {spoken(left * seconds)}; "
+            "stop with Ctrl-C and go on with the same command."
+        )
+    facts = {"corpus": str(args.corpus), "learning_rate": args.learning_rate, "max_steps": max_steps}
+    facts |= {"precision": precision, "versions": versions(), "machine": machine()}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_provenance(args.output_dir, facts)
+    training = trainer(model, args.output_dir, max_steps)
+    training.add_callback(TimedSaves(minutes=0.5))
+    training.train(resume_from_checkpoint=True)
+    training.save_model()
+    write_provenance(args.output_dir, facts)  # of these weights
+    training.save_state()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
+    parser.add_argument("--max_steps", type=int, default=800)
+    parser.add_argument("--minutes", type=float, help="train fewer steps where those take longer on this machine")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
+    parser.add_argument("--num_hidden_layers", type=int, default=10)
+    parser.add_argument("--hidden_size", type=int, default=192)
+    return parser.parse_args()
+
+
+def new_model(tokenizer, num_hidden_layers: int, hidden_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 21 // 8,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=hidden_size // 32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
-    trainer.train(resume_from_checkpoint=True)
-    trainer.save_model()
-    trainer.save_state()
+    return LlamaForCausalLM(config)
 
 
 def train_tokenizer(corpus: Path, vocab_size: int = 2048) -> PreTrainedTokenizerFast:

@@ -1,0 +1,95 @@
+"""Which dtype is fast on this machine: measured, because processors differ twentyfold and their names don't tell."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .benchmarking import synchronize
+
+
+PRECISIONS = ("fast", "float32", "bfloat16")
+# Tokens, inputs and outputs of a linear layer: the quickstart's on a CPU; a large model's on a GPU, where small products
+# take as long in any dtype.
+CPU_SHAPE, GPU_SHAPE = (1024, 256, 512), (4096, 4096, 4096)
+SECONDS = 0.05  # of products in each dtype, of which the fastest counts; one at least
+# What a product in bfloat16 must gain: around it, weights are cast at each step, and the rest is not faster.
+WORTH_CASTING = 1.5
+
+
+def resolve_precision(precision: str, device: str | torch.device | None = None) -> str:
+    """The name of the dtype that a precision is on this machine.
+
+    Args:
+        precision: "fast" is measured, in a second at most; "float32" and "bfloat16" are what they are.
+        device: where to measure; None: on the GPU, if there is one.
+
+    Raises:
+        ValueError: for any other.
+    """
+    check_precision(precision)
+    return str(fast_dtype(device)).removeprefix("torch.") if precision == "fast" else precision
+
+
+def keep_precision(folder: Path, precision: str) -> str:
+    """`resolve_precision` of work whose results lie in a folder: "fast" stays what it was when that work began.
+
+    Raises:
+        ValueError: for another precision than the work began in.
+    """
+    file = folder / "precision.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(resolve_precision(precision)) + "\n")
+    begun = json.loads(file.read_text())
+    if precision not in ("fast", begun):
+        raise ValueError(f"{folder} was begun in {begun}, not {precision}: go on in that, or take another folder.")
+    return begun
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, but is {precision!r}.")
+
+
+def fast_dtype(device: str | torch.device | None = None) -> torch.dtype:
+    """float32 or bfloat16, whichever a model is trained faster in; near equality float32, which is exact."""
+    return faster_of(measure_products(device))
+
+
+def faster_of(products: dict[torch.dtype, float]) -> torch.dtype:
+    """bfloat16 where its rate in `measure_products` is worth the casts, else float32."""
+    is_worth_it = products.get(torch.bfloat16, 0) >= WORTH_CASTING * products[torch.float32]
+    return torch.bfloat16 if is_worth_it else torch.float32
+
+
+@torch.no_grad()
+def measure_products(device: str | torch.device | None = None) -> dict[torch.dtype, float]:
+    """FLOP/s of a linear layer's product in float32 and, where the device has it, in bfloat16.
+
+    The best of several after a warm-up, with the threads that are set: what else the machine does makes some of them
+    slow.
+
+    Args:
+        device: None: the GPU, if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    is_cpu = torch.device(device).type == "cpu"
+    tokens, inputs, outputs = CPU_SHAPE if is_cpu else GPU_SHAPE
+    dtypes = [torch.float32] + ([torch.bfloat16] if is_cpu or is_torch_bf16_gpu_available() else [])
+    rates = {}
+    for dtype in dtypes:
+        states = torch.ones(tokens, inputs, dtype=dtype, device=device)
+        weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+        torch.nn.functional.linear(states, weight)
+        times = []
+        while not times or sum(times) < SECONDS:
+            synchronize()
+            start = time.perf_counter()
+            torch.nn.functional.linear(states, weight)
+            synchronize()
+            times.append(time.perf_counter() - start)
+        rates[dtype] = 2 * tokens * inputs * outputs / min(times)
+    return rates
