@@ -11,9 +11,8 @@ from .benchmarking import synchronize
 
 
 PRECISIONS = ("fast", "float32", "bfloat16")
-# Tokens, inputs and outputs of a linear layer: the quickstart's on a CPU; a large model's on a GPU, where small products
-# take as long in any dtype.
-CPU_SHAPE, GPU_SHAPE = (1024, 256, 512), (4096, 4096, 4096)
+CPU_SHAPE = (1024, 256, 512)  # tokens, inputs and outputs of a linear layer, as in the quickstart
+GPU_SHAPE = (4096, 4096, 4096)  # as in large models: a small product takes as long in any dtype there
 SECONDS = 0.05  # of products in each dtype, of which the fastest counts; one at least
 # What a product in bfloat16 must gain: around it, weights are cast at each step, and the rest is not faster.
 WORTH_CASTING = 1.5

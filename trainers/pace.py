@@ -1,8 +1,8 @@
 """How fast a training is on this machine: what a step takes, how many fit into some minutes, when to save."""
 
 import statistics
-import time
 from itertools import pairwise
+from time import perf_counter
 
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -24,13 +24,13 @@ class TimedSaves(TrainerCallback):
         self.seconds, self.saved = 60 * minutes, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
+        self.saved = perf_counter()
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
+        self.saved = perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        is_time = [time.monotonic() - self.saved >= self.seconds]
+        is_time = [perf_counter() - self.saved >= self.seconds]
         if args.world_size > 1:
             broadcast_object_list(is_time)  # the main process's
         control.should_save |= is_time[0] and args.save_strategy != SaveStrategy.NO
@@ -44,7 +44,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends.append(perf_counter())
         control.should_training_stop |= len(self.ends) > 2 and self.ends[-1] - self.ends[0] > ENOUGH
 
 
@@ -69,7 +69,7 @@ def steps_within(minutes: float, seconds_per_step: float, at_most: int) -> int:
 
 def spoken(seconds: float) -> str:
     """A time as one says it: "about 40 seconds", "about 6 minutes"."""
-    if seconds < 55:
+    if seconds < 57.5:
         return f"about {max(5, 5 * round(seconds / 5))} seconds"
     minutes = round(seconds / 60)
-    return f"about {minutes} minute{'s' if minutes > 1 else ''}"
+    return f"about {minutes} minutes" if minutes > 1 else "about a minute"
