@@ -19,8 +19,8 @@ from modeling_speculator.precision import PRECISIONS
 
 
 RECIPES = Path(__file__).parent
-# Of steps, on a machine that takes that long for those that there are at most. The rest of twelve minutes goes into
-# starting, tokenizing, measuring and comparing: four of them on two cores without bf16 units.
+# Of training steps, at most; on fast machines they are done in less. Starts, tokenizing, measuring, evaluating and the
+# comparison take the rest of the twelve.
 MINUTES = {"base_model": 4.0, "stage1": 1.5, "stage2": 2.0}
 
 
