@@ -2,12 +2,11 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
-
-from .benchmarking import synchronize
 
 
 PRECISIONS = ("fast", "float32", "bfloat16")
@@ -32,20 +31,26 @@ def resolve_precision(precision: str, device: str | torch.device | None = None) 
     return str(fast_dtype(device)).removeprefix("torch.") if precision == "fast" else precision
 
 
-def keep_precision(folder: Path, precision: str) -> str:
-    """`resolve_precision` of work whose results lie in a folder: "fast" stays what it was when that work began.
+def go_on_in(begun: str | None, precision: str) -> str:
+    """`resolve_precision` for work that may have begun, perhaps on another machine: it keeps what it began in.
 
     Raises:
-        ValueError: for another precision than the work began in.
+        ValueError: for another precision than that.
     """
-    file = folder / "precision.json"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(resolve_precision(precision)) + "\n")
-    begun = json.loads(file.read_text())
+    if begun is None:
+        return resolve_precision(precision)
     if precision not in ("fast", begun):
-        raise ValueError(f"{folder} was begun in {begun}, not {precision}: go on in that, or take another folder.")
+        raise ValueError(f"This was begun in {begun}, not {precision}: go on in that, or take another output folder.")
     return begun
+
+
+def keep_precision(folder: Path, precision: str) -> str:
+    """`go_on_in` for work whose results lie in a folder, where it writes down what it began in."""
+    file = folder / "precision.json"
+    chosen = go_on_in(json.loads(file.read_text()) if file.is_file() else None, precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(chosen) + "\n")
+    return chosen
 
 
 def check_precision(precision: str) -> None:
@@ -76,6 +81,7 @@ def measure_products(device: str | torch.device | None = None) -> dict[torch.dty
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_cpu = torch.device(device).type == "cpu"
+    wait = (lambda: None) if is_cpu else partial(torch.accelerator.synchronize, device)
     tokens, inputs, outputs = CPU_SHAPE if is_cpu else GPU_SHAPE
     dtypes = [torch.float32] + ([torch.bfloat16] if is_cpu or is_torch_bf16_gpu_available() else [])
     rates = {}
@@ -85,10 +91,10 @@ def measure_products(device: str | torch.device | None = None) -> dict[torch.dty
         torch.nn.functional.linear(states, weight)
         times = []
         while not times or sum(times) < SECONDS:
-            synchronize()
+            wait()
             start = time.perf_counter()
             torch.nn.functional.linear(states, weight)
-            synchronize()
+            wait()
             times.append(time.perf_counter() - start)
         rates[dtype] = 2 * tokens * inputs * outputs / min(times)
     return rates

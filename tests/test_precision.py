@@ -69,7 +69,7 @@ def test_work_in_a_folder_keeps_its_precision(tmp_path, machine):
     machine(None)
     assert keep_precision(tmp_path / "new", "fast") == "bfloat16"
     assert keep_precision(tmp_path / "new", "bfloat16") == "bfloat16"
-    with pytest.raises(ValueError, match="was begun in bfloat16, not float32"):
+    with pytest.raises(ValueError, match="This was begun in bfloat16, not float32"):
         keep_precision(tmp_path / "new", "float32")
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from modeling_speculator.benchmarking import machine, versions
 from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
-from modeling_speculator.precision import PRECISIONS, resolve_precision
+from modeling_speculator.precision import PRECISIONS, go_on_in
 from modeling_speculator.trainers import DataArguments, SafeTrainer, latest_checkpoint, load_texts, pack
 from modeling_speculator.trainers.pace import TimedSaves, seconds_per_step, spoken, steps_within
 
@@ -37,8 +37,7 @@ SEQUENCE_LENGTH = 256
 def main() -> None:
     args = parse_args()
     begun = read_provenance(args.output_dir) if args.output_dir.is_dir() else None  # perhaps on another machine
-    keeps = begun is not None and args.precision == "fast"
-    precision = begun["precision"] if keeps else resolve_precision(args.precision)
+    precision = go_on_in(begun["precision"] if begun else None, args.precision)
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer(args.corpus)
     texts = load_texts(DataArguments(data_files=[str(args.corpus)]))
