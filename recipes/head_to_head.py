@@ -3,7 +3,7 @@
 python recipes/head_to_head.py --base_model outputs/quickstart/base_model --corpus outputs/quickstart/corpus \\
     --output_dir outputs/head_to_head
 
-An hour and a half on two CPU cores, with nothing else running. Killed and run again, it goes on where it was.
+An hour and a half on two CPU cores with bf16 units and nothing else running. Killed and run again, it goes on.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 from transformers import AutoConfig
+
+from modeling_speculator.precision import PRECISIONS, keep_precision
 
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))  # as it is written into results
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of write_corpus.py: train, held_out.jsonl")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, help="to measure on; default: the corpus's held-out texts")
-    parser.add_argument("--dtype", default="auto", help="to measure in; default: as the base model was saved")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="to train and to measure in")
     parser.add_argument("--inner_dim", type=int, help="of the speculators; default: sweeps/stage1.yaml's")
     parser.add_argument("--n_candidates", type=int, nargs="+", default=[0, 1, 2, 5, 8, 16, 32])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 2, 4])
@@ -42,18 +44,19 @@ def main() -> None:
     args = parser.parse_args()
     folder, model = args.output_dir, {"base_model": args.base_model}
 
+    precision = keep_precision(folder, args.precision)
     trained = folder / "drafters"
     width = {"inner_dim": args.inner_dim} if args.inner_dim else {}
     run("sweep.py", **model, variants=SWEEP, corpus=args.corpus, **width, output_dir=trained,
-        results=folder / "drafters.json")  # fmt: skip
+        precision=precision, results=folder / "drafters.json")  # fmt: skip
     draft_model = folder / "draft_model"
     if not (draft_model / "trainer_state.json").is_file():  # what the training writes last
-        text = {"corpus": args.corpus / "train.jsonl", "tokenizer": args.base_model}
+        text = {"corpus": args.corpus / "train.jsonl", "tokenizer": args.base_model, "precision": precision}
         width = AutoConfig.from_pretrained(args.base_model).hidden_size
         run("quickstart/train_base_model.py", **text, output_dir=draft_model, num_hidden_layers=1, hidden_size=width)
 
     drafters = {name: trained / variant / "stage2" for name, variant in TIMED.items()}
-    model |= {"speculator": drafters.pop("speculator"), "dtype": args.dtype}
+    model |= {"speculator": drafters.pop("speculator"), "dtype": precision}
     model |= {"prompts": args.prompts or args.corpus / "held_out.jsonl"}
     others = [f"{name}={path}" for name, path in (drafters | {"draft_model": draft_model}).items()]
     timing = {"drafters": others, "max_new_tokens": args.max_new_tokens, "n_prompts": 8}

@@ -20,6 +20,7 @@ import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator import benchmarking, evaluation
+from modeling_speculator.precision import PRECISIONS, keep_precision
 from modeling_speculator.trainers import DataArguments, load_texts, pack
 from modeling_speculator.trainers.continuations import Continuations, ContinuationSampler
 
@@ -39,6 +40,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON file; default: results.json there. Plots lie beside it.")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
     parser.add_argument("--only", nargs="+", help="variants; default: all")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fast", help="of the trainings; fast: measured here"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, one thread each")
     args = parser.parse_args()
     args.sweep = yaml.safe_load(args.variants.read_text())
@@ -48,6 +52,7 @@ def main() -> None:
     if unknown := set(names) - args.sweep["variants"].keys():
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
 
+    args.precision = keep_precision(args.output_dir, args.precision)
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
     train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
@@ -70,7 +75,8 @@ def train(args, name: str, seed: int) -> Path:
     variant, stages = args.sweep["variants"][name], dict(enumerate(steps_of(args, name), start=1))
     options = {key: value for key, value in variant.items() if key not in ("new", "steps", "stage1", "stage2")}
     options |= {"data_files": args.corpus / "train.jsonl", "validation_fraction": 0, "seed": seed}
-    options |= {"base_model": args.base_model, "save_strategy": "no", "disable_tqdm": True}
+    options |= {"base_model": args.base_model, "precision": args.precision}
+    options |= {"save_strategy": "no", "disable_tqdm": True}
     folder = args.output_dir / f"{name}-{seed}".replace(" ", "_").replace(":", "")
     speculator = None
     for stage, steps in stages.items():

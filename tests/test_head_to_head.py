@@ -7,8 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tiny_models import tiny_model
+
+from modeling_speculator import precision
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -23,6 +26,10 @@ def load(script):
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
+    return commands_in(tmp_path, monkeypatch)
+
+
+def commands_in(tmp_path, monkeypatch):
     """What it runs, as argument lists."""
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
@@ -58,5 +65,36 @@ def test_what_it_measures_is_what_it_trains(commands):
     assert {Path(part.rpartition("=")[2]).parents[1] for part in measured} == {Path(output_of(commands[0]))}
 
 
+def test_all_of_it_is_in_one_dtype(monkeypatch, tmp_path):
+    """That which was fast when it was begun: on another machine it goes on in that."""
+    for products in ({torch.float32: 1.0, torch.bfloat16: 4.0}, {torch.float32: 1.0, torch.bfloat16: 0.1}):
+        monkeypatch.setattr(precision, "measure_products", lambda device, products=products: products)
+        sweep, draft_model, *measurements = commands_in(tmp_path, monkeypatch)
+        assert {after("--precision", command) for command in (sweep, draft_model)} == {"bfloat16"}
+        assert {after("--dtype", command) for command in measurements} == {"bfloat16"}
+
+
+def test_trainings_of_a_sweep_are_in_one_dtype(monkeypatch, tmp_path):
+    """Likewise."""
+    sweep, ran = load("sweep.py"), []
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").touch()
+    monkeypatch.setattr(sweep, "run", lambda stage, flags: ran.append(flags["precision"]))
+    monkeypatch.setattr(sweep, "held_out_texts", lambda args: pytest.exit("enough"))
+    flags = ["--variants", str(RECIPES / "sweeps/heads.yaml"), "--output_dir", str(tmp_path / "sweep")]
+    flags += ["--base_model", str(tmp_path / "model"), "--corpus", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags])
+    for products in ({torch.float32: 1.0, torch.bfloat16: 4.0}, {torch.float32: 1.0, torch.bfloat16: 0.1}):
+        monkeypatch.setattr(precision, "measure_products", lambda device, products=products: products)
+        with pytest.raises(pytest.exit.Exception, match="enough"):
+            sweep.main()
+    assert ran == ["bfloat16"] * 4  # both stages, twice
+
+
+def after(flag, command):
+    return command[command.index(flag) + 1]
+
+
 def output_of(command):
-    return command[command.index("--output_dir") + 1]
+    return after("--output_dir", command)

@@ -59,7 +59,7 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
     train = {"base_model": "org/base", "data_files": tmp_path / "texts.jsonl", "use_cpu": "true"}
     train |= {"per_device_train_batch_size": 4, "save_steps": 2, "max_steps": 4, "logging_steps": 1}
     train |= {"validation_fraction": 0.1, "push_to_hub": "true", "hub_model_id": "org/trained"}
-    train |= {"base_model_dtype": "float32"}  # as it is measured, so that the figures' base model is compared
+    train |= {"precision": "float32"}  # as it is measured, so that the figures' base model is compared
     new = {"config": RECIPES / "quickstart/stage1.yaml", "sequence_length": 32, "generation_length": 12}
     distil = train | {"config": RECIPES / "quickstart/stage2.yaml", "prompt_length": 8, "generation_length": 12}
     distil |= {"speculator": tmp_path / "stage1", "output_dir": tmp_path / "stage2", "hub_strategy": "end"}

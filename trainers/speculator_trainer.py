@@ -22,6 +22,7 @@ from .continuations import ContinuationSampler
 from .distribution import are_finite, check_distribution, is_sharded, place_base_model, prepare_fsdp
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective, counted_labels
+from .pace import TimedSaves
 from .provenance import known_before, seconds_in
 from .publishing import PublishingTrainer
 from .schedules import parabolic_cosine_schedule
@@ -70,6 +71,8 @@ class SpeculatorTrainer(PublishingTrainer):
             )
         kwargs.setdefault("compute_metrics", head_metrics)
         super().__init__(model=model, args=args, **kwargs)
+        if args.save_minutes is not None:
+            self.add_callback(TimedSaves(args.save_minutes))
         check_distribution(self.accelerator, args.num_processes)
         prepare_fsdp(model, self.accelerator)
         facts = known_before(args, base_model, model) | (facts or {})

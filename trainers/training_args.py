@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..transformers_api import dict_arguments
 from .losses import DISTRIBUTION_LOSSES, LOSSES
+from .precision import base_model_dtype, settle_precision
 
 
 @dataclass
@@ -127,6 +128,16 @@ class SpeculatorTrainingArguments(TrainingArguments):
     evaluation_prompts: int = field(
         default=64, metadata={"help": "Held-out prompts to measure tokens per step on; 0: don't."}
     )
+    precision: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Of the training and its base model: "float32", "bfloat16", or "fast", which of them is on this '
+            "machine; a run that goes on keeps its own. Null: `bf16`, `fp16` and `base_model_dtype` decide."
+        },
+    )
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "Save, too, when so many minutes have passed since the last save."}
+    )
     shard_base_model: bool = field(default=False, metadata={"help": "A share of each of its weights on every GPU."})
     num_processes: int | None = field(default=None, metadata={"help": "Refuse to run with another number of them."})
     parabolic_schedule: bool = field(
@@ -146,6 +157,8 @@ class SpeculatorTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not torch.accelerator.is_available():  # otherwise bf16 on a CPU is refused
             self.use_cpu = True
+        if self.precision is not None:
+            settle_precision(self)
         super().__post_init__()
         if self.stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 (on text) or 2 (on generated text), but is {self.stage}.")
@@ -171,6 +184,7 @@ class SpeculatorTrainingArguments(TrainingArguments):
             ("generation_temperature", 1e-4, math.inf),
             ("generation_top_k", 1, math.inf),
             ("evaluation_prompts", 0, math.inf),
+            ("save_minutes", 0, math.inf),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -197,7 +211,8 @@ def parse_recipe(
     """Parses `--config recipe.yaml --key value ...`; a flag wins over the file.
 
     Raises:
-        ValueError: for a key that does not exist (the nearest one is named), and for a value of another type.
+        ValueError: for a key that does not exist (the nearest one is named), for a value of another type, and for keys
+            that contradict each other.
     """
     classes = (ModelArguments, DataArguments, SpeculatorTrainingArguments)
     parser = _RecipeParser(classes, allow_abbrev=False)
@@ -224,6 +239,9 @@ def parse_recipe(
     *parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"Values without a key: {unknown}. Options are written `--key value`.")
+    model, _, training = parsed
+    if training.precision is not None:
+        model.base_model_dtype = base_model_dtype(training.precision, model.base_model_dtype)
     return tuple(parsed)
 
 

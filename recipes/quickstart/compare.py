@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator import SpeculationStatistics, benchmarking
 from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, loops
+from modeling_speculator.precision import PRECISIONS, resolve_precision
 
 
 ROUNDS = 3
@@ -23,7 +24,8 @@ ROUNDS = 3
 def main() -> None:
     args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto").eval().to(device)
+    dtype = resolve_precision(args.precision) if args.precision else "auto"
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
     prompts = cut_prompts(args, tokenizer, device)
 
@@ -48,7 +50,7 @@ def main() -> None:
         },
         ROUNDS,
     )
-    write_report(args, before, outcomes, rates)
+    write_report(args, str(model.dtype), before, outcomes, rates)
     show(max(outcomes, key=lambda outcome: outcome.distinct_4grams), tokenizer)
 
 
@@ -59,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stage1", help="the same speculator after stage 1, to compare with")
     parser.add_argument("--held_out", type=Path, required=True, help="jsonl with `text`, to cut prompts from")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--precision", choices=PRECISIONS, help="fast is measured; default: as the model was saved")
     parser.add_argument("--prompts", type=int, default=24, help="at most; one of each held-out file")
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens")
     parser.add_argument("--max_new_tokens", type=int, default=32)
@@ -93,7 +96,7 @@ def pool(outcomes: list[PromptOutcome]) -> SpeculationStatistics:
     return SpeculationStatistics.pool(outcome.speculation for outcome in outcomes)
 
 
-def write_report(args, before: list[PromptOutcome] | None, outcomes: list[PromptOutcome], rates: dict) -> None:
+def write_report(args, dtype: str, before: list | None, outcomes: list[PromptOutcome], rates: dict) -> None:
     """Writes report.json and acceptance.png, and prints the figures."""
     stages = {"after stage 1": pool(before), "after stage 2": pool(outcomes)} if before else {"": pool(outcomes)}
     varied = [outcome for outcome in outcomes if not loops(outcome.continuation)]
@@ -114,6 +117,7 @@ def write_report(args, before: list[PromptOutcome] | None, outcomes: list[Prompt
         "rates": rates,
         "base_model": args.base_model,
         "speculator": args.speculator,
+        "dtype": dtype,
         "max_new_tokens": args.max_new_tokens,
         "versions": benchmarking.versions(),
         "machine": benchmarking.machine(),

@@ -6,11 +6,13 @@ python recipes/quickstart/train_base_model.py --corpus corpus/train.jsonl --outp
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -21,7 +23,11 @@ from transformers import (
     set_seed,
 )
 
-from modeling_speculator.trainers import DataArguments, SafeTrainer, load_texts, pack
+from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
+from modeling_speculator.precision import PRECISIONS, go_on_in
+from modeling_speculator.trainers import DataArguments, SafeTrainer, latest_checkpoint, load_texts, pack
+from modeling_speculator.trainers.pace import TimedSaves, seconds_per_step, spoken, steps_within
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,68 +35,100 @@ SEQUENCE_LENGTH = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
-    parser.add_argument("--max_steps", type=int, default=800)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
-    parser.add_argument("--num_hidden_layers", type=int, default=10)
-    parser.add_argument("--hidden_size", type=int, default=192)
-    args = parser.parse_args()
+    args = parse_args()
+    begun = read_provenance(args.output_dir) if args.output_dir.is_dir() else None  # perhaps on another machine
+    precision = go_on_in(begun["precision"] if begun else None, args.precision)
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer(args.corpus)
     texts = load_texts(DataArguments(data_files=[str(args.corpus)]))
     rows = pack(texts, tokenizer, SEQUENCE_LENGTH, separate_documents=False)
     rows = rows.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 21 // 8,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.hidden_size // 32,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
-    print(f"{model.num_parameters():,} parameters, {len(rows) * SEQUENCE_LENGTH:,} tokens to train on")
-    trainer = SafeTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=args.output_dir,
-            max_steps=args.max_steps,
+    model = new_model(tokenizer, args.num_hidden_layers, args.hidden_size)
+    print(f"{model.num_parameters():,} parameters, {len(rows) * SEQUENCE_LENGTH:,} tokens to train on, in {precision}")
+
+    def trainer(model: LlamaForCausalLM, folder: str | Path, max_steps: int, **options) -> SafeTrainer:
+        training_args = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=max_steps,
             per_device_train_batch_size=8,  # small: at so few tokens, more steps count for more
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=40,
             weight_decay=0.1,
             adam_beta2=0.95,
-            bf16=True,
+            bf16=precision == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
-            save_steps=200,
             save_total_limit=1,
             report_to="none",
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,  # all rows are full
+            **options,
+        )
+        data = {"train_dataset": rows, "data_collator": default_data_collator}  # all rows are full
+        return SafeTrainer(model=model, args=training_args, processing_class=tokenizer, **data)
+
+    max_steps = args.max_steps
+    if args.minutes is not None:
+        with TemporaryDirectory() as folder:
+            probe = trainer(copy.deepcopy(model), folder, 8, save_strategy="no", disable_tqdm=True)
+            seconds = seconds_per_step(probe)
+        max_steps = begun["max_steps"] if begun else steps_within(args.minutes, seconds, args.max_steps)
+        checkpoint = latest_checkpoint(args.output_dir)
+        left = max_steps - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+        print(
+            f"A step takes {seconds:.2f} seconds here, {left} steps {spoken(left * seconds)}; "
+            "stop with Ctrl-C and go on with the same command."
+        )
+    facts = {"corpus": str(args.corpus), "learning_rate": args.learning_rate, "max_steps": max_steps}
+    facts |= {"precision": precision, "versions": versions(), "machine": machine()}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_provenance(args.output_dir, facts)
+    training = trainer(model, args.output_dir, max_steps)
+    training.add_callback(TimedSaves(minutes=0.5))
+    training.train(resume_from_checkpoint=True)
+    training.save_model()
+    write_provenance(args.output_dir, facts)  # of these weights
+    training.save_state()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
+    parser.add_argument("--max_steps", type=int, default=800)
+    parser.add_argument("--minutes", type=float, help="train fewer steps where those take longer on this machine")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
+    parser.add_argument("--num_hidden_layers", type=int, default=10)
+    parser.add_argument("--hidden_size", type=int, default=192)
+    return parser.parse_args()
+
+
+def new_model(tokenizer, num_hidden_layers: int, hidden_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 21 // 8,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=hidden_size // 32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
-    trainer.train(resume_from_checkpoint=True)
-    trainer.save_model()
-    trainer.save_state()
+    return LlamaForCausalLM(config)
 
 
 def train_tokenizer(corpus: Path, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    tokenizer = ByteLevelBPETokenizer()
+    """Byte-level pairs, as GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    options = {"special_tokens": [END_OF_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     texts = (json.loads(line)["text"] for line in open(corpus))
-    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, **options))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
 if __name__ == "__main__":
