@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from trainings import arguments
+from trainings import arguments, rows, speculator
 
-from modeling_speculator.trainers import latest_checkpoint, pace
+from modeling_speculator.trainers import SpeculatorTrainer, latest_checkpoint, pace
 from modeling_speculator.trainers.pace import seconds_per_step, spoken, steps_within
 
 
@@ -61,16 +61,15 @@ def saved(folder):
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
 
 
-def test_saves_by_the_clock(tmp_path, llama, make_trainer, clock):
-    options = {"max_steps": 7, "save_steps": 100, "save_total_limit": None}
-    make_trainer(llama, arguments(tmp_path / "by time", save_minutes=0.6, **options)).train()
-    assert saved(tmp_path / "by time") == [2, 4, 6, 7]  # 40 seconds after the last save, and at the end
-    both = options | {"save_steps": 3}
-    make_trainer(llama, arguments(tmp_path / "by both", save_minutes=0.6, **both)).train()
-    assert saved(tmp_path / "by both") == [2, 3, 5, 6, 7]
-    never = options | {"save_strategy": "no"}
-    make_trainer(llama, arguments(tmp_path / "never", save_minutes=0, **never)).train()
-    assert saved(tmp_path / "never") == []
+def test_saves_by_the_clock(tmp_path, llama, clock):
+    def train(name, **options):
+        args = arguments(tmp_path / name, max_steps=7, save_total_limit=None, **options)
+        SpeculatorTrainer(speculator(), llama, args, train_dataset=rows(16, 12)).train()
+        return saved(tmp_path / name)
+
+    assert train("by time", save_steps=100, save_minutes=0.6) == [2, 4, 6, 7]  # 40 seconds later, and at the end
+    assert train("by both", save_steps=3, save_minutes=0.6) == [2, 3, 5, 6, 7]
+    assert train("never", save_strategy="no", save_minutes=0) == []
     with pytest.raises(ValueError, match="`save_minutes` must be between 0 and"):
         arguments(tmp_path, save_minutes=-1)
 

@@ -95,6 +95,7 @@ def test_a_fast_machine_trains_the_whole_size(tmp_path, corpus, monkeypatch, mac
 
 def test_the_stages_are_measured(tmp_path, corpus, monkeypatch):
     """Each with its own trainer, on its own kind of rows, in the precision that is asked for."""
+    monkeypatch.setattr(precision, "measure_products", lambda device: FAST_BF16)
     base, sizes = load("quickstart/train_base_model.py"), load("quickstart/size_stages.py")
     call(base, monkeypatch, corpus=corpus, output_dir=tmp_path, max_steps=1, num_hidden_layers=1, hidden_size=32,
          precision="float32")  # fmt: skip
@@ -109,11 +110,11 @@ def test_the_stages_are_measured(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(sizes, "seconds_per_step", seconds)
     monkeypatch.setattr(pace, "ENOUGH", 0)
     flags = {"base_model": tmp_path, "corpus": corpus, "output": tmp_path / "stages.json", "minutes": [1, 9]}
-    call(sizes, monkeypatch, precision="bfloat16", **flags)
+    call(sizes, monkeypatch, precision="float32", **flags)
     assert json.loads((tmp_path / "stages.json").read_text()) == {"stage1": 20, "stage2": 50}  # all of stage 2
     assert seen == [
-        ("SpeculatorTrainer", 256, True, torch.bfloat16),
-        ("DistillationTrainer", 64, True, torch.bfloat16),
+        ("SpeculatorTrainer", 256, False, torch.float32),
+        ("DistillationTrainer", 64, False, torch.float32),
     ]
 
 
