@@ -11,6 +11,7 @@ TAGS = ["speculative-decoding", "speculator", "mlp_speculator"]
 CURVE_POINTS = 8
 _NEUTRAL = {"top_p": 1.0, "top_k": 0}
 _STAGES = {1: "on text", 2: "on what the base model writes itself"}
+_TOLD_OF_A_PART = ("processes", "git_revision")  # of what is not an argument or a version
 _PROMPT = {True: "def quicksort(numbers):", False: "The capital of France is"}
 
 
@@ -139,8 +140,8 @@ def training_stages(provenance: dict | None) -> list[dict]:
     files = ", ".join(f"`{Path(name).name}`" for name in data.get("data_files") or [])
     known = {key: value for key, value in arguments.items() if not isinstance(value, dict) and value not in (None, [])}
     lengths = {key: data[key] for key in _lengths(number) if key in data}
-    machine = provenance["machine"]
-    gpus = f"{machine['gpus']} x {machine['gpu']}" if machine.get("gpu") else machine["processor"]
+    segments = segment_lines(provenance)
+    where = f"in {len(segments)} parts" if segments else f"on {_hardware(provenance['machine'])}"
     losses = provenance.get("losses") or []
     n = min(len(losses), CURVE_POINTS)
     shown = [losses[round(at * (len(losses) - 1) / max(1, n - 1))] for at in range(n)]
@@ -150,11 +151,39 @@ def training_stages(provenance: dict | None) -> list[dict]:
         "steps": provenance.get("steps", "?"),
         "dataset": data.get("dataset"),
         "data": f"`{data['dataset']}`" if data.get("dataset") else files or "data that is not known",
-        "time": f"{provenance.get('seconds', 0) / 3600:.2f} h on {gpus}",
+        "time": f"{provenance.get('seconds', 0) / 3600:.2f} h {where}",
+        "segments": segments,
         "arguments": yaml.safe_dump(known | lengths, sort_keys=True).strip(),
         "losses": [(step, f"{loss:.3f}") for step, loss in shown],
     }
     return [*training_stages(provenance.get("started_from")), stage]
+
+
+def segment_lines(provenance: dict) -> list[str]:
+    """The parts of a training that went on otherwise than it had begun: where each ran, and what had changed."""
+    segments, lines = provenance.get("segments", []), []
+    for before, part in zip([None, *segments], segments, strict=False):
+        first, last = part["steps"]
+        line = f"steps {first} to {last}, {part['seconds'] / 3600:.2f} h on {_hardware(part['machine'])}"
+        changed = [] if before is None else _changed(before, part)
+        lines.append(": ".join([line, *filter(None, [", ".join(changed)])]))
+    return lines
+
+
+def _changed(before: dict, now: dict) -> list[str]:
+    """`key: value` of what is not as it was before; a key that is at its default is not told."""
+
+    def told(segment: dict) -> dict:
+        return (
+            segment["arguments"] | segment["versions"] | {key: segment[key] for key in ("processes", "git_revision")}
+        )
+
+    was, is_ = told(before), told(now)
+    return [f"`{key}: {is_.get(key, 'default')}`" for key in sorted(was | is_) if was.get(key) != is_.get(key)]
+
+
+def _hardware(machine: dict) -> str:
+    return f"{machine['gpus']} x {machine['gpu']}" if machine.get("gpu") else machine["processor"]
 
 
 def _lengths(stage: int) -> tuple[str, ...]:

@@ -17,10 +17,12 @@ from modeling_speculator.trainers import (
     DistillationTrainer,
     SpeculatorTrainer,
     dry_run,
-    latest_checkpoint,
+    hold,
     load_or_create_speculator,
     load_rows,
+    open_run,
     parse_recipe,
+    recipe_settings,
 )
 from modeling_speculator.trainers.provenance import revision_of
 from modeling_speculator.transformers_api import save_model_only
@@ -31,8 +33,13 @@ def main() -> None:
     if args.dry_run:
         dry_run(sys.argv[1:])
         return
-    set_seed(args.seed)
+    with hold(args.output_dir):  # before anything takes long: it is refused at once, or not at all
+        settings = recipe_settings(model_args, data_args, args)
+        train(model_args, data_args, args, open_run(args.output_dir, settings, args.overwrite_output_dir))
 
+
+def train(model_args, data_args, args, run) -> None:
+    set_seed(args.seed)
     base_model = load_base_model(model_args, args)
     tokenizer = AutoTokenizer.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
     speculator = load_or_create_speculator(model_args, base_model)
@@ -54,12 +61,13 @@ def main() -> None:
             "started_from": trusted_provenance(model_args.speculator),
             "base_model_revision": revision_of(model_args.base_model, model_args.base_model_revision),
         },
+        run=run,
     )
     if args.stage == 2 and data_args.generated_dataset:
         trainer.write_continuations(data_args.generated_dataset)
     checkpoint = args.resume_from_checkpoint
     if checkpoint in (None, "True", "true"):  # to go on from the newest is what a second run does anyway
-        checkpoint = latest_checkpoint(args.output_dir)
+        checkpoint = run.latest_checkpoint()
     elif checkpoint in ("False", "false"):
         checkpoint = None
     if checkpoint:

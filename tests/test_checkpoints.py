@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from trainings import arguments, rows, speculator
+from transformers import TrainerCallback
 
 from modeling_speculator.trainers import SpeculatorTrainer, latest_checkpoint
 
@@ -45,11 +46,11 @@ def test_a_run_that_was_killed_during_a_save(tmp_path, llama):
         import conftest  # one thread, as here
         from tiny_models import tiny_model
         from trainings import SpeculatorTrainer, arguments, rows, speculator
-        from modeling_speculator.trainers import checkpoints
-        mark = checkpoints.mark_complete
-        def mark_or_die(path, **options):
-            mark(path, **options) if path.name == "checkpoint-2" else os._exit(9)
-        checkpoints.mark_complete = mark_or_die
+        from modeling_speculator.trainers import safe_trainer
+        mark = safe_trainer.mark_complete
+        def mark_or_die(path, *args, **options):
+            mark(path, *args, **options) if path.name == "checkpoint-2" else os._exit(9)
+        safe_trainer.mark_complete = mark_or_die
         args = arguments({str(tmp_path / "killed")!r}, save_total_limit=1)
         SpeculatorTrainer(speculator(), tiny_model("llama"), args, train_dataset=rows(16, 12)).train()
     """
@@ -91,13 +92,72 @@ def test_which_checkpoints_are_let_go(tmp_path, llama, make_trainer):
 
 
 def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path, llama, make_trainer, monkeypatch):
-    make_trainer(llama, arguments(tmp_path)).train()
-    trainer = make_trainer(llama, arguments(tmp_path))
+    make_trainer(llama, arguments(tmp_path, save_steps=1)).train()
+    trainer = make_trainer(llama, arguments(tmp_path, save_steps=1))
     monkeypatch.setattr(trainer, "_save_rng_state", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert latest_checkpoint(tmp_path).endswith("checkpoint-4")
     assert not (tmp_path / "checkpoint-2/complete.json").exists()
+
+
+def test_a_newer_run_never_goes_on_from_an_older_ones_checkpoints(tmp_path, llama, make_trainer):
+    """Whose numbers are higher, with files of its own."""
+    make_trainer(llama, arguments(tmp_path)).train()
+    (tmp_path / "checkpoint-2/of_the_older_run.bin").write_text("")
+    make_trainer(llama, arguments(tmp_path, learning_rate=0.5, max_steps=2)).train()
+    assert not (tmp_path / "checkpoint-2/of_the_older_run.bin").exists()
+    assert (tmp_path / "checkpoint-4/complete.json").is_file()
+    assert latest_checkpoint(tmp_path).endswith("checkpoint-2")
+    again = make_trainer(llama, arguments(tmp_path, learning_rate=0.5, max_steps=3, save_steps=3))
+    again.train(resume_from_checkpoint=True)
+    assert again.checkpoint.endswith("checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-4` is no complete checkpoint of the training in"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_resume_with_other_arguments_is_refused(tmp_path, llama, make_trainer):
+    make_trainer(llama, arguments(tmp_path)).train()
+    other = make_trainer(llama, arguments(tmp_path, learning_rate=0.5, seed=1))
+    with pytest.raises(ValueError, match="`learning_rate` was 0.001, is 0.5; `seed` was 42, is 1"):
+        other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == 0
+
+
+def test_other_processes_go_on_with_the_same_batch(tmp_path, llama, make_trainer):
+    """Here: micro-batches in the place of processes."""
+    whole = make_trainer(llama, arguments(tmp_path / "whole"))
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(llama, arguments(tmp_path / "parts"), callbacks=[Interrupt(at_step=3)]).train()
+    halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    resumed = make_trainer(llama, arguments(tmp_path / "parts", **halved))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.checkpoint.endswith("checkpoint-2") and resumed.state.global_step == 4
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C."""
+
+    def __init__(self, at_step: int):
+        self.at_step = at_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_says_what_is_kept(tmp_path, llama, make_trainer):
+    for options, step, kept in (
+        ({}, 3, "checkpoint-2 is kept: the same command goes on from there."),
+        ({"overwrite_output_dir": True}, 3, "goes on from there. Leave out `--overwrite_output_dir`, which would de"),
+        ({"overwrite_output_dir": True}, 1, "Nothing was saved yet."),
+    ):
+        args = arguments(tmp_path, **options)
+        with pytest.raises(KeyboardInterrupt, match=kept):
+            make_trainer(llama, args, callbacks=[Interrupt(step)]).train()
 
 
 def test_a_model_alone_is_nothing_to_go_on_from(tmp_path, llama, make_trainer):

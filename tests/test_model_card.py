@@ -85,6 +85,19 @@ def test_what_was_not_measured_says_so(config):
     assert "license" not in data
 
 
+def test_a_training_in_parts_says_what_changed(config):
+    begun = {"steps": [1, 12], "seconds": 1800.0, "processes": 8, "git_revision": "deadbeef", "versions": VERSIONS}
+    begun |= {"arguments": {"max_steps": 12, "logging_steps": 5}, "machine": {"gpu": "a GPU", "gpus": 8} | MACHINE}
+    went_on = begun | {"steps": [13, 20], "seconds": 3600.0, "arguments": {"max_steps": 20}, "machine": MACHINE}
+    went_on |= {"processes": 4, "versions": VERSIONS | {"torch": "2.14.0"}}
+    card = render_card("org/name", config, 1, STAGE_1 | {"segments": [begun, went_on]})
+    assert "**Stage 1**, on text: 20 steps on `org/texts`, 1.50 h in 2 parts.\n" in card
+    changed = "`logging_steps: default`, `max_steps: 20`, `processes: 4`, `torch: 2.14.0`"
+    lines = f"- steps 1 to 12, 0.50 h on 8 x a GPU\n- steps 13 to 20, 1.00 h on a CPU: {changed}\n"
+    assert f"```\n\n{lines}\n| step |" in card
+    assert problems_of(card) == []
+
+
 def test_every_number_of_the_tables_comes_from_the_files(config):
     """Other figures, another card."""
     texts = {render_card("org/name", config, 1, STAGE_2, ACCEPTANCE, LATENCY)}

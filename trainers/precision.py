@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ..model_cards.provenance_file import read_provenance
 from ..precision import check_precision, resolve_precision
-from .checkpoints import latest_checkpoint
+from .run_record import latest_checkpoint
 
 
 _BY_THE_LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` sets, and TrainingArguments reads
@@ -59,7 +59,7 @@ def base_model_dtype(precision: str, asked: str) -> str:
 def begun_in(args: TrainingArguments) -> str | None:
     """The precision of the run that these arguments go on with, by its provenance; None of a new one."""
     checkpoint = args.resume_from_checkpoint
-    if checkpoint in (False, "False", "false"):
+    if args.overwrite_output_dir or checkpoint in (False, "False", "false"):
         return None
     if checkpoint in (None, True, "True", "true"):  # the newest, or the finished training
         checkpoint = latest_checkpoint(args.output_dir) or args.output_dir

@@ -1,6 +1,8 @@
 """Where weights come from: what was trained, on what, with what, for how long."""
 
 import dataclasses
+import json
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -10,16 +12,14 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..benchmarking import digest, machine
-from ..model_cards.provenance_file import read_provenance
 
 
 _ALWAYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay")
 _PACKAGES = ("modeling-speculator", "torch", "transformers", "accelerate", "datasets", "peft", "huggingface-hub")
 
 
-def seconds_in(checkpoint: str | Path) -> float:
-    """The training time that a checkpoint says it took; 0 where it does not say."""
-    return (read_provenance(checkpoint) or {}).get("seconds", 0.0)
+# What may be otherwise after a training went on.
+_OF_A_SEGMENT = ("arguments", "processes", "git_revision", "versions", "machine")
 
 
 def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculator: PreTrainedModel) -> dict:
@@ -39,23 +39,68 @@ def known_before(args: TrainingArguments, base_model: PreTrainedModel, speculato
     }
 
 
+def with_segments(facts: dict, before: dict | None) -> dict:
+    """Facts of a training that went on from a checkpoint, and how each stretch of its steps ran, if not alike.
+
+    Args:
+        facts: of now, with the `steps_trained` and `seconds` of the whole training.
+        before: those that lay in the checkpoint.
+    """
+    earlier = _segments(before) if before is not None and "steps_trained" in before else []
+    first, seconds = 1 + (earlier[-1]["steps"][1] if earlier else 0), sum(part["seconds"] for part in earlier)
+    now = _segment(facts, first, round(facts["seconds"] - seconds, 1))
+    if earlier and _are_alike(earlier[-1], now):
+        last = earlier.pop()
+        now = last | {"steps": [last["steps"][0], now["steps"][1]], "seconds": last["seconds"] + now["seconds"]}
+    return facts | ({"segments": [*earlier, now]} if earlier else {})
+
+
+def _segments(facts: dict) -> list[dict]:
+    return list(facts.get("segments") or [_segment(facts, 1, facts["seconds"])])
+
+
+def _segment(facts: dict, first: int, seconds: float) -> dict:
+    known = {key: facts[key] for key in _OF_A_SEGMENT if key in facts}
+    return {"steps": [first, facts["steps_trained"]], "seconds": seconds} | known
+
+
+def _are_alike(one: dict, other: dict) -> bool:
+    """Whether two segments ran alike, on whatever days."""
+
+    def told(segment: dict) -> dict:
+        machine = {key: value for key, value in segment.get("machine", {}).items() if key != "date"}
+        return {key: segment.get(key) for key in _OF_A_SEGMENT} | {"machine": machine}
+
+    return told(json.loads(json.dumps(one, default=str))) == told(json.loads(json.dumps(other, default=str)))
+
+
 def _is_telling(key: str, value, args: TrainingArguments) -> bool:
     """Whether an argument is not at its default, or one that everybody asks for, and says how it was trained."""
-    defaults = {
+    default = defaults(args)
+    is_told = key in _ALWAYS or (key in default and value != default[key])
+    return is_told and not key.endswith(("_dir", "_token")) and not key.startswith(("hub_", "push_to_hub"))
+
+
+def defaults(args) -> dict:
+    """{field: default} of a dataclass; `dataclasses.MISSING` where there is none."""
+    return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(args)
     }
-    is_told = key in _ALWAYS or (key in defaults and value != defaults[key])
-    return is_told and not key.endswith(("_dir", "_token")) and not key.startswith(("hub_", "push_to_hub"))
 
 
 def revision_of(name_or_path: str, revision: str | None = None) -> str | None:
     """The commit of a model that was loaded from the Hub; None of a folder that is no snapshot."""
-    if not Path(name_or_path).is_dir():
-        cached = huggingface_hub.try_to_load_from_cache(name_or_path, "config.json", revision=revision)
-        name_or_path = cached if isinstance(cached, str) else ""
-    parts = Path(name_or_path).parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    if Path(name_or_path).is_dir():
+        return commit_in(name_or_path)
+    cached = huggingface_hub.try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    return commit_in(cached) if isinstance(cached, str) else None
+
+
+def commit_in(path: str | Path) -> str | None:
+    """The commit that a path of the Hub's cache names: of a file or a folder in a snapshot; None of another path."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", Path(path).absolute().as_posix())
+    return found and found[1]
 
 
 def git_revision() -> str | None:

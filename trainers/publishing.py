@@ -9,7 +9,8 @@ from transformers.trainer_utils import HubStrategy
 from ..model_cards.publishing import check_base_is_there, check_repository, list_versions, publish, tag_of
 from ..model_cards.repository import check_base_model
 from ..transformers_api import save_model_only
-from .checkpoints import SafeTrainer, latest_checkpoint
+from .run_record import latest_checkpoint
+from .safe_trainer import SafeTrainer
 
 
 logger = logging.getLogger(__name__)

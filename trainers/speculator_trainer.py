@@ -17,13 +17,13 @@ from ..transformers_api import own_lr_scheduler, prepare_inputs
 from .acceptance import ExpectedAcceptance
 from .alignment import TrainingBatch, align
 from .base_model import check_output_logits, check_separation, read
-from .checkpoints import latest_checkpoint, steps_in
+from .checkpoints import steps_in
 from .continuations import ContinuationSampler
 from .distribution import are_finite, check_distribution, is_sharded, place_base_model, prepare_fsdp
 from .metrics import HeadWindow, Stopwatch, head_metrics
 from .objective import Objective, counted_labels
 from .pace import TimedSaves
-from .provenance import known_before, seconds_in
+from .provenance import known_before, with_segments
 from .publishing import PublishingTrainer
 from .schedules import parabolic_cosine_schedule
 from .training_args import SpeculatorTrainingArguments
@@ -112,7 +112,7 @@ class SpeculatorTrainer(PublishingTrainer):
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
         self.facts, self.seconds, self.started = facts, 0.0, None  # seconds of training, but for those since `started`
-        self.checkpoint = None  # that it went on from
+        self.checkpoint, self.before = None, None  # that it went on from, and what was known of that
         self._divisor = None  # of the sums of losses of a step's micro-batches
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -187,17 +187,24 @@ class SpeculatorTrainer(PublishingTrainer):
     def _stop(self) -> None:
         raise ValueError(
             f"The loss is not finite at step {self.state.global_step}. Nothing was saved since the last complete "
-            f"checkpoint, {latest_checkpoint(self.args.output_dir)}. Lower `learning_rate`, or check the data and the "
+            f"checkpoint, {self.run.latest_checkpoint()}. Lower `learning_rate`, or check the data and the "
             "base model's dtype: float16 overflows where bfloat16 does not."
         )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        checkpoint = (
-            latest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
-        self.seconds, self.checkpoint = seconds_in(checkpoint) if checkpoint else 0.0, checkpoint
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        self.checkpoint = super()._begin(resume_from_checkpoint)
+        self.before = read_provenance(self.checkpoint)
+        self.seconds = (self.before or {}).get("seconds", 0.0)
         self.started = time.perf_counter()
-        result = super().train(checkpoint, *args, **kwargs)
+        return self.checkpoint
+
+    def _kept(self) -> str:
+        if self.args.overwrite_output_dir and self.run.latest_checkpoint() is not None:
+            return f"{super()._kept()} Leave out `--overwrite_output_dir`, which would delete it."
+        return super()._kept()
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
         self.seconds, self.started = self._seconds(), None
         self._read_window()  # of the steps since the last log
         return result
@@ -224,7 +231,7 @@ class SpeculatorTrainer(PublishingTrainer):
             had_ended = self.checkpoint is not None and steps == steps_in(self.checkpoint)
             known = [read_provenance(place) for place in (folder, self.checkpoint) if had_ended]
             known = [facts for facts in known if is_about(facts, weights_in(folder))]  # it stays as it was
-            write_provenance(folder, known[0] if known else self.facts | progress)
+            write_provenance(folder, known[0] if known else with_segments(self.facts | progress, self.before))
 
     def _seconds(self) -> float:
         return round(self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0), 1)

@@ -144,6 +144,9 @@ class SpeculatorTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Parabolic warm-up and a cosine to a tenth of the peak, in place of lr_scheduler_type."},
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the training that lies in output_dir, and begin anew."}
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Check shapes and print sizes, memory and cost; train nothing."}
     )
