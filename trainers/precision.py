@@ -64,6 +64,7 @@ def begun_in(args: TrainingArguments) -> str | None:
     if checkpoint in (None, True, "True", "true"):  # the newest, or the finished training
         checkpoint = latest_checkpoint(args.output_dir) or args.output_dir
     provenance = read_provenance(checkpoint) if Path(checkpoint).is_dir() else None
-    if provenance is None:
+    settings = (provenance or {}).get("arguments")
+    if settings is None:
         return None
-    return "bfloat16" if provenance["arguments"].get("bf16") else "float32"
+    return "bfloat16" if settings.get("bf16") else "float32"

@@ -1,6 +1,7 @@
 """How many steps of the speculator's trainings fit into some minutes here: some of each are measured.
 
-python recipes/quickstart/size_stages.py --base_model base_model --corpus corpus/train.jsonl --output stages.json
+python recipes/quickstart/size_stages.py --base_model base_model --corpus corpus/train.jsonl --minutes 1 2.5 \\
+    --output stages.json
 """
 
 import argparse
@@ -22,25 +23,20 @@ from modeling_speculator.trainers import (
 from modeling_speculator.trainers.pace import seconds_per_step, spoken, steps_within
 
 
-FOLDER = Path(__file__).parent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", required=True, help="folder")
     parser.add_argument("--corpus", required=True, help="jsonl with `text`")
     parser.add_argument("--output", type=Path, required=True, help="JSON: {stage: steps}")
-    parser.add_argument("--minutes", type=float, nargs=2, default=[1.5, 2.0], help="of stage 1 and stage 2")
+    parser.add_argument("--minutes", type=float, nargs=2, required=True, help="of stage 1 and stage 2")
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
     args = parser.parse_args()
     steps = {}
     for stage, minutes in enumerate(args.minutes, start=1):
-        recipe = str(FOLDER / f"stage{stage}.yaml")
-        most = parse_recipe(["--config", recipe, "--precision", args.precision])[2].max_steps
         seconds = measure(stage, args)
-        steps[f"stage{stage}"] = steps_within(minutes, seconds, most)
-        time = spoken(steps[f"stage{stage}"] * seconds)
-        print(f"Stage {stage}: a step takes {seconds:.2f} seconds here, {steps[f'stage{stage}']} steps {time}.")
+        most = parse_recipe(["--config", recipe_of(stage), "--precision", "float32"])[2].max_steps
+        fitting = steps[f"stage{stage}"] = steps_within(minutes, seconds, most)
+        print(f"Stage {stage}: a step takes {seconds:.2f} seconds here, {fitting} steps {spoken(fitting * seconds)}.")
     args.output.write_text(json.dumps(steps) + "\n")
 
 
@@ -50,8 +46,8 @@ def measure(stage: int, args) -> float:
         flags = ["--base_model", args.base_model, "--data_files", args.corpus, "--output_dir", folder]
         flags += ["--precision", args.precision, "--use_cpu", str(not torch.cuda.is_available())]
         flags += ["--speculator", "null", "--max_steps", "8", "--save_strategy", "no", "--disable_tqdm", "true"]
-        new, *_ = parse_recipe(["--config", str(FOLDER / "stage1.yaml"), *flags])
-        model, data, training = parse_recipe(["--config", str(FOLDER / f"stage{stage}.yaml"), *flags])
+        new, *_ = parse_recipe(["--config", recipe_of(1), *flags])
+        model, data, training = parse_recipe(["--config", recipe_of(stage), *flags])
         base_model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=model.base_model_dtype)
         tokenizer = AutoTokenizer.from_pretrained(args.base_model)
         rows, _ = load_rows(data, tokenizer, stage, training.seed)
@@ -63,6 +59,10 @@ def measure(stage: int, args) -> float:
             generation_length=data.generation_length,
         )
         return seconds_per_step(trainer)
+
+
+def recipe_of(stage: int) -> str:
+    return str(Path(__file__).parent / f"stage{stage}.yaml")
 
 
 if __name__ == "__main__":
