@@ -101,7 +101,7 @@ class SpeculativeDecoder:
         self.context_vector = context_vectors.to(self.device).clone(memory_format=torch.contiguous_format)
         self.settle()
 
-        self.prepare_draws()
+        self.prepare_draws(outputs.logits.shape[-1])
         self.drawable = None  # (batch, depth + 1), whether each emitted token could be sampled
         self.bare_root = CandidateTree.root_only(self.root)  # which holds `root` itself, and so whatever it becomes
         if request.returns("hidden_states"):
@@ -134,12 +134,12 @@ class SpeculativeDecoder:
         """Slots of the cache: the text but its last token, and the nodes of one tree."""
         return self.request.context_length + self.request.budget - 1 + self.max_nodes
 
-    def prepare_draws(self) -> None:
+    def prepare_draws(self, vocab_size: int) -> None:
         """Decides how tokens are drawn: all nodes at once, or along a walk."""
         request, batch = self.request, len(self.sequences)
         processors, criteria = list(request.logits_processor), request.stopping_criteria
         row_keys = draw_row_keys(batch, self.device) if request.generation_config.do_sample else None
-        self.draw, self.walk = TokenDraw(processors, row_keys), None
+        self.draw, self.walk = TokenDraw(processors, row_keys, vocab_size, self.n_predict), None
         record = {f"record_{what}": request.returns(what) for what in ("scores", "logits")}
         at_once = all(type(processor) in SCORES_ONLY for processor in processors) and all(
             type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria

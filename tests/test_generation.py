@@ -3,6 +3,7 @@
 import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model, word_tokenizer
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationMixin,
@@ -22,6 +24,7 @@ from transformers import (
 
 import modeling_speculator
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.attention import tree_attention_forward
 from modeling_speculator.cache import SpeculativeCache
 from modeling_speculator.families import SUPPORTED_MODEL_TYPES
 from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingArguments
@@ -263,6 +266,20 @@ def test_attention_kernels_of_another_layout(llama, monkeypatch):
 
     monkeypatch.setattr("modeling_speculator.attention.F.scaled_dot_product_attention", transposed)
     assert_same_text(llama, prompt(6), random_speculator())
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_that_of_transformers(nodes, kv_heads):
+    """In memory, too: a model may take a `view` of it."""
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=4 // kv_heads, is_causal=True)
+    query, key, value = torch.randn(2, 4, nodes, 8), *torch.randn(2, 2, kv_heads, 5, 8)
+    mask = torch.where(torch.rand(2, 1, nodes, 5) < 0.3, torch.finfo(torch.float32).min, 0.0)
+    ours, _ = tree_attention_forward(module, query, key, value, mask)
+    theirs, _ = AttentionInterface()["sdpa"](module, query, key, value, mask)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.stride() == theirs.stride()
 
 
 def test_masks_of_any_dtype(llama):
