@@ -70,6 +70,9 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
     return config_class_of(given.get("method", MLPSpeculatorConfig.method))(
         vocab_size=config.vocab_size,
         emb_dim=config.hidden_size,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
         base_model_name_or_path=args.base_model,
         base_model_revision=revision_of(args.base_model, args.base_model_revision),
         **given,
@@ -116,7 +119,13 @@ def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftM
 @torch.no_grad()
 def _tie_to_base_model(speculator: MLPSpeculatorPreTrainedModel, base_model: PreTrainedModel) -> None:
     """Frozen copies of its embeddings and LM head, for all heads (open question 4 of arXiv 2404.19124)."""
-    width = base_model.config.get_text_config(decoder=True).hidden_size
+    config = base_model.config.get_text_config(decoder=True)
+    width = config.hidden_size
+    if speculator.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"`tie_to_base_model` needs the tokens of the base model, {config.vocab_size}, but the speculator has "
+            f"{speculator.config.vocab_size}. Call its `resize_token_embeddings` and save it first."
+        )
     if not speculator.config.tie_weights or (speculator.config.inner_dim or width) != width:
         raise ValueError(
             f"`tie_to_base_model` needs a speculator whose heads are tied and as wide as the base model, {width}: one "
