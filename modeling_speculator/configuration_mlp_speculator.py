@@ -59,7 +59,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     method: str = "sum_rnn"
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
-    # Those of the base model count; text-generation pipelines ask an assistant for its own.
+    # Those of the base model count; text-generation pipelines compare an assistant's with them.
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -83,6 +83,13 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """`PreTrainedConfig.from_dict`, for every form that speculators are published in."""
         return super().from_dict(read_config(config_dict), **kwargs)
+
+    def take_special_tokens(self, base_config: PreTrainedConfig) -> None:
+        """Takes over the base model's ids of special tokens, without which a text-generation pipeline takes the
+        tokenizers for different."""
+        config = base_config.get_text_config(decoder=True)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, name, getattr(config, name))
 
     def check_dials(
         self,

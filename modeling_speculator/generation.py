@@ -38,6 +38,11 @@ class SpeculativeGenerationMixin(GenerationMixin):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         assistant_model = generation_mode_kwargs.get("assistant_model")
+        if isinstance(assistant_model, str):
+            raise ValueError(
+                f"`assistant_model` is a name, {assistant_model!r}, where a model is expected. Load a speculator with "
+                f"`AutoModel.from_pretrained({assistant_model!r})`, a language model with `AutoModelForCausalLM`."
+            )
         if not is_drafter(assistant_model):
             return _originals["_validate_generation_mode"](
                 self, generation_mode, generation_config, generation_mode_kwargs

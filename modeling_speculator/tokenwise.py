@@ -20,7 +20,9 @@ _FAKE_QUANTIZE = "torch.ao.quantization.fake_quantize"
 def check_tokenwise(model) -> None:
     """Raises a ValueError where drafted tokens would change what a base model says of others."""
     name = type(model).__name__
-    remedy = "Or set `speculator.config.n_candidates = 0`, with which every forward has one token; or drop `assistant_model`."
+    remedy = (
+        "Or set `speculator.config.n_candidates = 0`, so that every forward has one token; or drop `assistant_model`."
+    )
     layer = scaled_together(model)
     if layer is not None:
         raise ValueError(

@@ -297,9 +297,20 @@ def test_text_generation_pipeline(llama):
     plain = pipeline("text-generation", model=llama, tokenizer=tokenizer)
     assert plain("word3 word4", assistant_model=random_speculator(), **options) == expected
     # The constructor wants a tokenizer for every assistant with other special tokens; the loop has no use for it.
+    # One that names none is such, unless the base model has none.
+    model = copy.deepcopy(llama)
+    model.config.bos_token_id, model.config.eos_token_id = 1, [2, 5]
+    with pytest.raises(ValueError, match="You should pass the assistant tokenizer"):
+        pipeline("text-generation", model=model, tokenizer=tokenizer, assistant_model=random_speculator())
     assistant = {"assistant_model": random_speculator(), "assistant_tokenizer": tokenizer}
-    generator = pipeline("text-generation", model=llama, tokenizer=tokenizer, **assistant)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, **assistant)
     assert generator("word3 word4", **options) == expected
+    speculator = random_speculator()
+    speculator.config.take_special_tokens(model.config)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, assistant_model=speculator)
+    assert generator("word3 word4", **options) == expected
+    with pytest.raises(ValueError, match=r"a name, 'org/speculator'.*AutoModel.from_pretrained\('org/speculator'\)"):
+        plain("word3 word4", assistant_model="org/speculator", **options)
 
 
 def test_base_model_is_left_as_it_was(llama):

@@ -63,8 +63,8 @@ def batch(model):
     }
 
 
-class Greedy:
-    """A drafter of one's own with a vocabulary of its own, of whose tokens it drafts the last and the most probable."""
+class OwnDrafter:
+    """A drafter of one's own, with other tokens than the base model: one draft ends with the last of them."""
 
     def __init__(self, model, text, mask, vocab_size):
         self.oracle = Oracle(model, text, mask, p_right=0.7)
@@ -83,7 +83,7 @@ def test_a_drafter_of_ones_own(other):
     inputs = batch(other)
     expected = other.generate(**inputs, **OPTIONS).sequences
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 60), value=1)
-    out = other.generate(**inputs, **OPTIONS, assistant_model=Greedy(other, expected, mask, VOCAB))
+    out = other.generate(**inputs, **OPTIONS, assistant_model=OwnDrafter(other, expected, mask, VOCAB))
     assert out.sequences.tolist() == expected.tolist()
     assert set(out.speculation.emitted_per_step) == {1, 2, 3, 4}
     if other.config.vocab_size > VOCAB:

@@ -48,6 +48,7 @@ def load_or_create_speculator(
         config = new_config(args, base_model.config)
         speculator = DRAFTERS[type(config)](config)
         speculator.speculator.start_from(base_model)
+    speculator.config.take_special_tokens(base_model.config)
     if args.tie_to_base_model:
         _tie_to_base_model(speculator, base_model)
     return speculator
@@ -70,9 +71,6 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
     return config_class_of(given.get("method", MLPSpeculatorConfig.method))(
         vocab_size=config.vocab_size,
         emb_dim=config.hidden_size,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
         base_model_name_or_path=args.base_model,
         base_model_revision=revision_of(args.base_model, args.base_model_revision),
         **given,
