@@ -20,6 +20,14 @@ def token_types(inputs):
     return torch.randint(VOCAB, inputs["input_ids"].shape, generator=generator)
 
 
+@torch.no_grad()
+def context_vectors(model, text, mask, types):
+    mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    decoder = model.get_decoder()
+    return decoder(text, attention_mask=mask, position_ids=positions, token_type_ids=types).last_hidden_state
+
+
 @pytest.mark.parametrize("static", [{}, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("n_candidates", [0, 5])
 @pytest.mark.parametrize("rows", [1, 3])
@@ -31,7 +39,8 @@ def test_token_types_that_are_embedded(family, rows, n_candidates, static):
         expected = model.generate(**inputs, token_type_ids=types, **OPTIONS).sequences
         assert expected.tolist() != plain.tolist()  # 0 is embedded, too
         all_types = torch.cat([types, types[:, -1:].expand(-1, 24)], dim=1)
-        oracle = oracle_for(model, inputs, expected, n_candidates=n_candidates, token_type_ids=all_types)
+        oracle = oracle_for(model, inputs, expected, n_candidates=n_candidates)
+        oracle.context_vectors = context_vectors(model, expected, inputs["attention_mask"], all_types)
         out = model.generate(**inputs, token_type_ids=types, **OPTIONS, **static, assistant_model=oracle)
         assert out.sequences.tolist() == expected.tolist()
         assert out.speculation.tokens_per_step > 1.5 or not n_candidates
