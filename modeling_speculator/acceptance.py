@@ -12,6 +12,7 @@ from .evaluation import accepted_drafts, loops, simulate_emissions
 from .prompts import Prompt, encode, pad_left, too_long
 from .records import RecordFile
 from .statistics import SpeculationStatistics
+from .vocabularies import beside
 
 
 RESAMPLINGS = 2000
@@ -118,7 +119,7 @@ def measure_acceptance(
     # What a head would guess past the end counts as wrong, and is not counted.
     tokens = F.pad(texts.masked_fill(beyond, -100), (0, n_predict), value=-100)
     states = read_context_vectors(model, out.sequences, attention_mask)[:, length - 1 : -1]
-    simulated = simulate_emissions(accepted_drafts(speculator, states, tokens), lengths)
+    simulated = simulate_emissions(accepted_drafts(beside(model, speculator), states, tokens), lengths)
     correct, correct_top_k, counted = head_accuracy(speculator, states, tokens)
     return [
         PromptAcceptance(
@@ -153,7 +154,7 @@ def head_accuracy(
     totals = torch.zeros(3, config.n_predict, batch, dtype=torch.long, device=tokens.device)
     for at in range(0, n, width):
         end = min(at + width, n)
-        read = tokens[:, at : end + config.n_predict - 1].clamp(min=0)
+        read = tokens[:, at : end + config.n_predict - 1].clamp(0, config.vocab_size - 1)
         logits = speculator(hidden_states[:, at:end], read).logits  # (n_predict, batch, end - at, vocab)
         truth = tokens[:, at + 1 : end + config.n_predict].unfold(1, end - at, 1).transpose(0, 1)
         for head, k in enumerate(config.top_k_tokens_per_head):

@@ -47,8 +47,9 @@ def tree_attention_forward(
         if nodes > 1:
             attention_mask = attention_mask.repeat(1, 1, group, 1)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    # Not a view: CUDA's memory-efficient kernel returns another layout.
-    return output.reshape(batch, heads, nodes, value.shape[-1]).transpose(1, 2), None
+    # Not a view: CUDA's memory-efficient kernel returns another layout. Contiguous, as transformers' own returns it:
+    # a model may call `view` on it.
+    return output.reshape(batch, heads, nodes, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)

@@ -4,6 +4,7 @@ A state is one tensor, so that drafting can repeat and gather it without knowing
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -64,6 +65,25 @@ class Cell(nn.Module):
         """{weight: weight it is tied to} where the config ties weights."""
         return {}
 
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int, fill: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Gives all embeddings and LM heads another number of tokens; what is tied stays tied.
+
+        Args:
+            fill: called with new rows, to be filled, and the old ones.
+        """
+        resized = {}
+        for module in [*(part for part in self.modules() if isinstance(part, nn.Embedding)), *self.head]:
+            old = module.weight
+            if old not in resized:
+                weight = old.new_empty(vocab_size, old.shape[1])
+                weight[: len(old)] = old[:vocab_size]
+                if vocab_size > len(old):
+                    fill(weight[len(old) :], old)
+                resized[old] = nn.Parameter(weight, requires_grad=old.requires_grad)
+            module.weight = resized[old]
+            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", vocab_size)
+
     def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """One step of the recurrence: the state after `input_ids`.
 
@@ -86,13 +106,19 @@ class Cell(nn.Module):
         return state, self.head[head](self.features(state))
 
     def best_children(
-        self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int
+        self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int, vocab_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The state after `input_ids` (batch, n), and the k most probable tokens then: log-probs, tokens (..., k)."""
+        """The state after `input_ids` (batch, n), and the k most probable tokens then: log-probs, tokens (..., k).
+
+        Args:
+            vocab_size: if given, tokens from here on are none.
+        """
         n = input_ids.shape[1]
         if not self.reads_tokens:  # all branches are the same
             state, input_ids = state[:, :1], input_ids[:, :1]
         state, logits = self.step(head, state, input_ids)
+        if vocab_size is not None:
+            logits = logits[..., :vocab_size]
         best, tokens = logits.topk(k)
         best = best.float() - logits.float().logsumexp(-1, keepdim=True)
         if not self.reads_tokens:

@@ -7,13 +7,21 @@ from pathlib import Path
 import torch
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMode, MaxLengthCriteria
 from transformers.utils import logging
 
 from .attention import uses_sdpa
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
-from .families import LEARNED_POSITIONS, MULTIMODAL, SUPPORTED_MODEL_TYPES, attention_windows
+from .families import (
+    EMBEDDED_TOKEN_TYPES,
+    LEARNED_POSITIONS,
+    MULTIMODAL,
+    SUPPORTED_MODEL_TYPES,
+    attention_windows,
+)
+from .tokenwise import check_tokenwise, scaled_together
 from .transformers_api import CACHE, attn_implementation, execution_device, is_checkpointing, is_stateful
+from .vocabularies import MOST_DIFFERENT_IDS
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +37,8 @@ _KNOWN_MODEL_KWARGS = {
     "position_ids",
     "use_cache",
 }
+# What marks the tokens of an image, or adds an embedding; a tokenizer or processor returns them for mere text, too.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def check_models(model, speculator) -> None:
@@ -61,9 +71,12 @@ def check_models(model, speculator) -> None:
         )
     attention_windows(config)
     check_shapes(model, speculator)
+    if speculator.config.n_candidates > 0:
+        check_tokenwise(model)
     warn_of_another_base(model, speculator)
     if isinstance(speculator.config, MLPSpeculatorConfig):
-        speculator.config.check_dials(*(getattr(speculator.config, dial) for dial in DIALS))
+        dials = (getattr(speculator.config, dial) for dial in DIALS)
+        speculator.config.check_dials(*dials, vocab_size=min(config.vocab_size, speculator.config.vocab_size))
     if not uses_sdpa(model) and attn_implementation(config) != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={attn_implementation(config)!r}`, which takes no mask of a "
@@ -129,11 +142,11 @@ def main_device(model) -> torch.device:
 
 
 def check_shapes(model, speculator) -> None:
-    """Raises a ValueError where a speculator has another vocabulary or another hidden size than the base model."""
+    """Raises a ValueError where a speculator has another tokenizer or another hidden size than the base model."""
     config = model.config.get_text_config(decoder=True)
-    for ours, theirs in (("vocab_size", "vocab_size"), ("emb_dim", "hidden_size")):
+    for ours, theirs, tolerance in (("vocab_size", "vocab_size", MOST_DIFFERENT_IDS), ("emb_dim", "hidden_size", 0)):
         expected, given = getattr(config, theirs), getattr(speculator.config, ours)
-        if expected != given:
+        if abs(expected - given) > tolerance:
             trained_for = getattr(speculator.config, "base_model_name_or_path", None) or "another base model"
             raise ValueError(
                 f"The speculator has `{ours}={given}`, but {type(model).__name__} has `{theirs}={expected}`: "
@@ -153,7 +166,6 @@ def check_options(generation_mode, generation_config: GenerationConfig) -> None:
         raise ValueError(f"`speculation` of the generation config must be None or 'adaptive', but is {speculation!r}.")
     implementation = generation_config.cache_implementation
     not_supported = {
-        "use_cache=False": not generation_config.use_cache,
         f"cache_implementation={implementation!r}": implementation not in (None, "dynamic", "static"),
         # Keys lie in the order in which they were drafted, rejected ones among them.
         "output_attentions=True": generation_config.output_attentions,
@@ -169,20 +181,24 @@ def check_options(generation_mode, generation_config: GenerationConfig) -> None:
 def check_request(model, request) -> None:
     """Raises a ValueError for what only shows once `generate` has prepared its inputs; nothing has run by then."""
     model_kwargs = request.model_kwargs
+    config = model.config.get_text_config(decoder=True)
+    adds_types = {"token_type_ids"} if config.model_type in EMBEDDED_TOKEN_TYPES else set()
     _refuse(
-        f"the model input `{key}`"
-        for key in sorted(model_kwargs.keys() - _KNOWN_MODEL_KWARGS)
-        if not _is_empty(model_kwargs[key])
+        f"the model input `{key}`" + (" with values other than 0, as images have" if key in _TOKEN_TYPES else "")
+        for key in sorted(model_kwargs.keys() - _KNOWN_MODEL_KWARGS - adds_types)
+        if not _is_empty(model_kwargs[key]) and not (key in _TOKEN_TYPES and not model_kwargs[key].any())
     )
     if request.is_adaptive and (model.tp_size or 1) > 1:
         raise ValueError(
             '`speculation="adaptive"` goes by a clock, but with tensor parallelism all processes must do the same. '
             "Set `speculator.config.n_candidates` yourself."
         )
+    check_rows_apart(model, request)
     batch, given = request.input_ids.shape
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     cache = request.past
     if cache is not None:
+        _refuse([f"`use_cache=False` beside a `{CACHE}`"] if not request.generation_config.use_cache else [])
         check_cache(cache, request)
     cached = 0 if cache is None else int(cache.get_seq_length())
     given = given if embeds is None else embeds.shape[1]
@@ -204,6 +220,16 @@ def check_request(model, request) -> None:
     if position_ids is not None and position_ids.ndim != 2:
         raise ValueError(f"`position_ids` must have the shape (batch, length), but have {tuple(position_ids.shape)}.")
     check_positions(model, int(request.last_positions.max()) + request.budget)  # the last token is never run
+
+
+def check_rows_apart(model, request) -> None:
+    """Raises a ValueError where a row that has ended, and runs on otherwise than in `generate`, changes the others."""
+    may_end_apart = any(type(criterion) is not MaxLengthCriteria for criterion in request.stopping_criteria)
+    if len(request.input_ids) > 1 and may_end_apart and scaled_together(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} quantizes activations with one scale for all rows of a batch, those that have "
+            "ended among them. Pass the rows one by one, or without an end token."
+        )
 
 
 def check_cache(cache: Cache, request) -> None:

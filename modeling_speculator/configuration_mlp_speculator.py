@@ -59,9 +59,9 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     method: str = "sum_rnn"
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
-    # Those of the base model count; text-generation pipelines ask an assistant for its own.
+    # Those of the base model count; text-generation pipelines compare an assistant's with them.
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -84,23 +84,35 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         """`PreTrainedConfig.from_dict`, for every form that speculators are published in."""
         return super().from_dict(read_config(config_dict), **kwargs)
 
+    def take_special_tokens(self, base_config: PreTrainedConfig) -> None:
+        """Takes over the base model's ids of special tokens, without which a text-generation pipeline takes the
+        tokenizers for different."""
+        config = base_config.get_text_config(decoder=True)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, name, getattr(config, name))
+
     def check_dials(
         self,
         top_k_tokens_per_head: list[int],
         n_candidates: int,
         n_tree_nodes: int | None = None,
         n_heads: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """Raises a ValueError where the drafting dials don't fit this speculator or one another."""
-        top_k = top_k_tokens_per_head
+        """Raises a ValueError where the drafting dials don't fit this speculator or one another.
+
+        Args:
+            vocab_size: ids that can be drafted; by default the speculator's.
+        """
+        top_k, vocab_size = top_k_tokens_per_head, self.vocab_size if vocab_size is None else vocab_size
         if len(top_k) != self.n_predict:
             raise ValueError(
                 f"`top_k_tokens_per_head` needs one number for each of the {self.n_predict} heads (`n_predict`), "
                 f"but is {top_k}: {len(top_k)} given."
             )
-        if not all(_is_int(k) and 1 <= k <= self.vocab_size for k in top_k):
+        if not all(_is_int(k) and 1 <= k <= vocab_size for k in top_k):
             raise ValueError(
-                f"`top_k_tokens_per_head` must hold integers between 1 and the vocabulary's {self.vocab_size}, "
+                f"`top_k_tokens_per_head` must hold integers between 1 and the vocabulary's {vocab_size}, "
                 f"but is {top_k}."
             )
         if n_heads is not None and not (_is_int(n_heads) and 1 <= n_heads <= self.n_predict):

@@ -12,11 +12,12 @@ from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
 from .checks import main_device
 from .context_vectors import handed_to_cache
-from .families import attention_windows
+from .families import EMBEDDED_TOKEN_TYPES, attention_windows
 from .request import Request
 from .sampling import SCORES_ONLY, TokenDraw, check_drawable, draw_row_keys
 from .transformers_api import CACHE, has_unfinished_sequences, optimized_for_decoding, prefill
 from .verification import accept_drawn, cut_at_end
+from .vocabularies import beside
 from .walk import Walk, treats_rows_apart
 
 
@@ -39,7 +40,7 @@ class SpeculativeDecoder:
     keeps_storage = False  # whether the memory of the cache is used by the next call
 
     def __init__(self, model, speculator, request: Request):
-        self.model, self.speculator, self.request = model, speculator, request
+        self.model, self.speculator, self.request = model, beside(model, speculator), request
         self.device = main_device(model)
         config = speculator.config
         self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
@@ -76,7 +77,9 @@ class SpeculativeDecoder:
         self.cache = SpeculativeCache(
             config.num_hidden_layers, capacity, windows, request.past, self.reusable_storage()
         )
-        outputs = prefill(model, input_ids, request.generation_config, request.model_kwargs, self.cache)
+        # The loop keeps a cache of its own, whether or not the caller wants one.
+        model_kwargs = request.model_kwargs | {"use_cache": True}
+        outputs = prefill(model, input_ids, request.generation_config, model_kwargs, self.cache)
         mask = request.model_kwargs.get("attention_mask")
         windowed = any(window is not None and window < capacity for window in windows.values())
         dense = self.max_nodes == 1 and mask is None and not windowed and uses_sdpa(model) and self.may_be_dense
@@ -91,6 +94,8 @@ class SpeculativeDecoder:
         self.from_length = request.last_positions.to(self.device) - length  # of a text to its last token's position
         self.last_position = self.from_length + length + request.budget - 1  # the last token is never run
         self.budget = torch.full((batch,), request.budget, device=self.device)
+        adds_types = config.model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
+        self.token_types = request.last_token_types.to(self.device) if adds_types else None
         self.eos_token_ids = None if request.eos_token_ids is None else request.eos_token_ids.to(self.device)
         # Room for what a step writes past a row's end; it is overwritten by the next step, or cut off in the end.
         self.sequences = input_ids.new_zeros(batch, capacity + self.n_predict + 1)
@@ -101,7 +106,7 @@ class SpeculativeDecoder:
         self.context_vector = context_vectors.to(self.device).clone(memory_format=torch.contiguous_format)
         self.settle()
 
-        self.prepare_draws()
+        self.prepare_draws(outputs.logits.shape[-1])
         self.drawable = None  # (batch, depth + 1), whether each emitted token could be sampled
         self.bare_root = CandidateTree.root_only(self.root)  # which holds `root` itself, and so whatever it becomes
         if request.returns("hidden_states"):
@@ -134,12 +139,12 @@ class SpeculativeDecoder:
         """Slots of the cache: the text but its last token, and the nodes of one tree."""
         return self.request.context_length + self.request.budget - 1 + self.max_nodes
 
-    def prepare_draws(self) -> None:
+    def prepare_draws(self, vocab_size: int) -> None:
         """Decides how tokens are drawn: all nodes at once, or along a walk."""
         request, batch = self.request, len(self.sequences)
         processors, criteria = list(request.logits_processor), request.stopping_criteria
         row_keys = draw_row_keys(batch, self.device) if request.generation_config.do_sample else None
-        self.draw, self.walk = TokenDraw(processors, row_keys), None
+        self.draw, self.walk = TokenDraw(processors, row_keys, vocab_size, self.n_predict), None
         record = {f"record_{what}": request.returns(what) for what in ("scores", "logits")}
         at_once = all(type(processor) in SCORES_ONLY for processor in processors) and all(
             type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria
@@ -214,8 +219,13 @@ class SpeculativeDecoder:
             use_cache=True,
             return_dict=True,
             **{CACHE: self.cache},
+            **self.types_of(tree.input_ids),
             **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
         )
+
+    def types_of(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a forward over new tokens (batch, n) needs where the prompt has token types: all have its last one."""
+        return {} if self.token_types is None else {"token_type_ids": self.token_types.expand_as(input_ids)}
 
     def accept(self, tree: CandidateTree, root_column: torch.Tensor, outputs) -> None:
         """Emits the accepted tokens, keeps their keys and values, and frees the slots of the others."""

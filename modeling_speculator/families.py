@@ -1,6 +1,7 @@
 """The base models whose output is known to be reproduced, and what their decoders expect of attention masks."""
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -31,6 +32,9 @@ SUPPORTED_MODEL_TYPES = ONE_MASK + ONE_WINDOWED_MASK + MASK_PER_LAYER_TYPE
 # Those with a table of positions, which ends.
 LEARNED_POSITIONS = ("gpt_bigcode", "gpt2")
 
+# Those that add an embedding for the type of each token, be it 0. To others a type is what marks an image.
+EMBEDDED_TOKEN_TYPES = ("gpt_bigcode", "gpt2")
+
 
 def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:
     """The masks that a decoder expects: {type of layer: how many tokens back it attends to, None for all}.
@@ -52,10 +56,16 @@ def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:
     return {None: config.sliding_window if config.model_type in ONE_WINDOWED_MASK else None}
 
 
-def output_logits(base_model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+def output_logits(
+    base_model: PreTrainedModel, hidden_states: torch.Tensor, vocab_size: int | None = None
+) -> torch.Tensor:
     """The logits that a base model makes of context vectors: (..., emb_dim) -> (..., vocab).
 
     Its LM head, then what some families do to the result; a forward of the model does the same from its tokens.
+
+    Args:
+        vocab_size: of a speculator, for logits of its tokens: of those that the base model has beyond there are none,
+            those that it lacks are impossible. By default the base model's.
     """
     config = base_model.config.get_text_config(decoder=True)
     logits = base_model.get_output_embeddings()(hidden_states)
@@ -64,4 +74,6 @@ def output_logits(base_model: PreTrainedModel, hidden_states: torch.Tensor) -> t
     if hasattr(config, "logit_scale"):  # Cohere
         logits = logits * config.logit_scale
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    missing = 0 if vocab_size is None else vocab_size - logits.shape[-1]
+    return logits[..., :vocab_size] if missing <= 0 else F.pad(logits, (0, missing), value=-torch.inf)

@@ -26,7 +26,8 @@ class GenerateSpeculativeOutput(GenerateDecoderOnlyOutput):
     speculation: what the speculator achieved in this call.
     scores, logits, hidden_states: as without a speculator, but 0 for a row that has ended.
     cache (`past_key_values` before transformers 5.24): the cache that was passed in, else a new `DynamicCache`, of all
-        tokens but the last. None where none was passed and rows differ in length: a plain cache has no room for that.
+        tokens but the last. None where none was passed and rows differ in length, for which a plain cache has no room,
+        and with `use_cache=False`.
     """
 
     speculation: SpeculationStatistics | None = None
@@ -37,6 +38,11 @@ class SpeculativeGenerationMixin(GenerationMixin):
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         assistant_model = generation_mode_kwargs.get("assistant_model")
+        if isinstance(assistant_model, str):
+            raise ValueError(
+                f"`assistant_model` is a name, {assistant_model!r}, where a model is expected. Load a speculator with "
+                f"`AutoModel.from_pretrained({assistant_model!r})`, a language model with `AutoModelForCausalLM`."
+            )
         if not is_drafter(assistant_model):
             return _originals["_validate_generation_mode"](
                 self, generation_mode, generation_config, generation_mode_kwargs
@@ -142,7 +148,8 @@ def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | tor
         fill_cache(decoder, sequences, cache)
     if not request.generation_config.return_dict_in_generate:
         return sequences
-    if cache is None and bool((decoder.lengths == decoder.longest).all()):
+    hands_back = request.generation_config.use_cache and bool((decoder.lengths == decoder.longest).all())
+    if cache is None and hands_back:
         cache = fill_cache(decoder, sequences, DynamicCache(config=decoder.model.config.get_text_config(decoder=True)))
     walk = decoder.walk
     return GenerateSpeculativeOutput(
@@ -167,11 +174,12 @@ def fill_cache(decoder: SpeculativeDecoder, sequences: torch.Tensor, cache):
     decoder.cache.copy_to(cache, shortest + offset, release=not decoder.keeps_storage)
     if shortest < decoder.longest:  # plain decoding goes on with padding where a row has ended
         columns = torch.arange(shortest - 1, decoder.longest - 1, device=sequences.device)
-        position_ids = decoder.from_length + columns.to(decoder.device) + 1
+        input_ids = sequences[:, columns].to(decoder.device)
         decoder.model(
-            input_ids=sequences[:, columns].to(decoder.device),
-            position_ids=position_ids,
+            input_ids=input_ids,
+            position_ids=decoder.from_length + columns.to(decoder.device) + 1,
             use_cache=True,
+            **decoder.types_of(input_ids),
             **{CACHE: cache},
         )
     return cache

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .checks import main_device
+from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .drafters import DRAFTERS
 
 
@@ -78,4 +79,6 @@ def load_drafter(name: str, base_model: PreTrainedModel, revision: str | None = 
     is_speculator = type(AutoConfig.from_pretrained(name, revision=revision)) in DRAFTERS
     auto = AutoModel if is_speculator else AutoModelForCausalLM
     drafter = auto.from_pretrained(name, dtype=base_model.dtype, revision=revision).eval()
+    if isinstance(drafter.config, MLPSpeculatorConfig):
+        drafter.config.take_special_tokens(base_model.config)
     return drafter.to(main_device(base_model))

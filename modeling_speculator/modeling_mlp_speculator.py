@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .cells import CELLS, MLPSpeculatorRMSNorm
-from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .formats import KEY_MAPPING, REPEATED_KEYS
 
 
@@ -60,6 +60,41 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Embedding | None:
         return next((module for module in self.speculator.modules() if isinstance(module, nn.Embedding)), None)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding | None:
+        """`PreTrainedModel.resize_token_embeddings`, for the embeddings and LM heads of all heads.
+
+        Needed only to train the speculator on tokens that were added: it drafts for a base model with some more or
+        less as it is.
+
+        Args:
+            new_num_tokens: as the base model has; None leaves the number.
+            pad_to_multiple_of: rounds it up.
+            mean_resizing: whether new tokens start as the mean of the others, or as in a new speculator.
+
+        Raises:
+            ValueError: if fewer tokens are left than a head drafts.
+        """
+        vocab_size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            vocab_size = -(-vocab_size // pad_to_multiple_of) * pad_to_multiple_of
+        self.config.check_dials(*(getattr(self.config, dial) for dial in DIALS), vocab_size=vocab_size)
+
+        def fill(new: torch.Tensor, old: torch.Tensor) -> None:
+            if mean_resizing:
+                new.copy_(old.float().mean(0))
+            else:
+                new.normal_(std=self.speculator.inner_dim**-0.5)
+
+        if vocab_size != self.config.vocab_size:
+            self.speculator.resize_vocabulary(vocab_size, fill)
+            self.config.vocab_size = vocab_size
+        return self.get_input_embeddings()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -171,6 +206,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         input_ids: torch.Tensor,
         top_k_tokens_per_head: list[int] | None = None,
         n_candidates: int | None = None,
+        vocab_size: int | None = None,
     ) -> torch.Tensor:
         """Drafts by the published rule: `top_k` children per node, the leaves with the highest summed log-prob.
 
@@ -178,6 +214,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             hidden_states: (batch, 1, emb_dim), context vector of each sequence.
             input_ids: (batch, 1), the token that the base model drew from it.
             top_k_tokens_per_head, n_candidates: default to the config's.
+            vocab_size: if given, ids from here on are not drafted.
 
         Returns:
             (batch, n_candidates, n_predict) token ids, best first; fewer where `config.n_heads` says so.
@@ -196,7 +233,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         candidates = input_ids[:, :, None]  # (batch, branches, tokens so far)
         log_probs = 0.0
         for head, k in enumerate(top_k):
-            state, best, tokens = self.speculator.best_children(head, state, candidates[:, :, -1], k)
+            state, best, tokens = self.speculator.best_children(head, state, candidates[:, :, -1], k, vocab_size)
             log_probs = (log_probs + best).view(batch, -1, 1)
             candidates = torch.cat([candidates.repeat_interleave(k, dim=1), tokens.view(batch, -1, 1)], dim=-1)
             if head < len(top_k) - 1:
@@ -206,7 +243,11 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def generate_tree(
-        self, hidden_states: torch.Tensor, input_ids: torch.Tensor, n_tree_nodes: int | None = None
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        n_tree_nodes: int | None = None,
+        vocab_size: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Drafts the `n_tree_nodes` most probable nodes of the tree that `top_k_tokens_per_head` spans.
 
@@ -217,6 +258,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
             hidden_states: (batch, 1, emb_dim), context vector of each sequence.
             input_ids: (batch, 1), the token that the base model drew from it.
             n_tree_nodes: defaults to the config's.
+            vocab_size: if given, ids from here on are not drafted.
 
         Returns:
             Tokens, parents and depths, (batch, n_tree_nodes), level by level. Parents are numbered as nodes of the
@@ -229,7 +271,7 @@ class MLPSpeculatorPreTrainedModel(PreTrainedModel):
         first, width = 0, 1  # node and width of the level before; the root is node 0
         top_k = self.config.top_k_tokens_per_head[: self.config.n_heads]
         for head, k in enumerate(top_k):
-            state, best, tokens = self.speculator.best_children(head, state, token, k)
+            state, best, tokens = self.speculator.best_children(head, state, token, k, vocab_size)
             # At most 0: rounding must not make a child more probable than its parent, nor must NaN.
             best = torch.where(best <= 0, best, torch.where(best > 0, 0.0, -torch.inf))
             log_prob = (log_prob[:, :, None] + best).flatten(1)  # (batch, width * k)

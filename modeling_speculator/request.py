@@ -49,6 +49,12 @@ class Request:
         return last.expand(len(self.input_ids), 1)
 
     @property
+    def last_token_types(self) -> torch.Tensor | None:
+        """(batch, 1), of the last token of each prompt and all that come after it; None where none were given."""
+        token_types = self.model_kwargs.get("token_type_ids")
+        return None if token_types is None else token_types[:, -1:].expand(len(self.input_ids), 1)
+
+    @property
     def max_length(self) -> int:
         return min(c.max_length for c in self.stopping_criteria if type(c) is MaxLengthCriteria)
 

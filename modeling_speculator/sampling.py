@@ -21,6 +21,9 @@ SCORES_ONLY = (
 )
 
 
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, SplitMix64's step from one number to the next
+
+
 class TokenDraw:
     """Draws one token from each row of scores.
 
@@ -31,10 +34,15 @@ class TokenDraw:
     Args:
         processors: what is applied to the scores, in order; all of them `SCORES_ONLY`.
         row_keys: (batch,) random integers for sampling, from `draw_row_keys`; None for greedy decoding.
+        vocab_size: tokens that are scored.
+        max_depth: the most drafted tokens on a path.
     """
 
-    def __init__(self, processors: list, row_keys: torch.Tensor | None):
+    def __init__(self, processors: list, row_keys: torch.Tensor | None, vocab_size: int, max_depth: int = 0):
         self.processors, self.row_keys = processors, row_keys
+        if row_keys is not None:
+            self.token_keys = token_keys(vocab_size, row_keys.device)
+            self.along = torch.arange(max_depth + 1, device=row_keys.device)
 
     def at_nodes(
         self, logits: torch.Tensor, depths: torch.Tensor, max_depth: int, lengths: torch.Tensor
@@ -58,8 +66,8 @@ class TokenDraw:
             scores = scores.view(logits.shape)
         if self.row_keys is None:
             return scores.argmax(-1), None
-        positions = lengths + torch.arange(max_depth + 1, device=logits.device)
-        noise = gumbel_noise(self.row_keys[:, None], positions, logits.shape[-1])  # (batch, max_depth + 1, vocab)
+        positions = lengths + self.along[: max_depth + 1]
+        noise = gumbel_noise(self.row_keys[:, None], positions, self.token_keys)  # (batch, max_depth + 1, vocab)
         if max_depth > 0:
             noise = noise.gather(1, depths[:, :, None].expand_as(scores))
         return (scores + noise).argmax(-1), scores.amax(-1).isfinite()
@@ -74,7 +82,7 @@ class TokenDraw:
             return scores.argmax(-1)
         check_drawable(bool(scores.amax(-1).isfinite().all()))
         positions = torch.full((1, 1), length, device=scores.device)
-        return (scores + gumbel_noise(self.row_keys[rows, None], positions, scores.shape[-1])[:, 0]).argmax(-1)
+        return (scores + gumbel_noise(self.row_keys[rows, None], positions, self.token_keys)[:, 0]).argmax(-1)
 
 
 def check_drawable(drawable: bool) -> None:
@@ -97,10 +105,18 @@ def text_keys(input_ids: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor
     For noise that is the same whichever process, batch or attempt a text is continued in.
     """
     positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-    return _mix(_mix(_mix(positions + input_ids * -0x61C8864680B583EB).sum(-1)) + seed)
+    return _mix(_mix(_mix(positions + input_ids * _GOLDEN).sum(-1)) + seed)
 
 
-def gumbel_noise(row_keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def token_keys(vocab_size: int, device: torch.device) -> torch.Tensor:
+    """What each token adds to a place's key in SplitMix64's counter: (vocab,) int64, made once for many draws.
+
+    Not inside of a compiled step: inductor computes with an `arange` in 32 bits, where such a product has no room.
+    """
+    return torch.arange(1, vocab_size + 1, device=device) * _GOLDEN
+
+
+def gumbel_noise(row_keys: torch.Tensor, positions: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise that is a function of (row key, position, token): (..., positions, vocab) float32.
 
     Counter-based, so that nothing is kept and any position can be asked for in any order, on any device. Bits are
@@ -108,11 +124,11 @@ def gumbel_noise(row_keys: torch.Tensor, positions: torch.Tensor, vocab_size: in
 
     Args:
         row_keys: (batch, 1) int64.
-        positions: (batch, positions) int64.
+        positions: (batch, positions) int64; read from memory where this is compiled, as `token_keys` says.
+        token_keys: (vocab,), from the function of this name.
     """
     stream = _mix(row_keys + positions * -0x2E0F93B0B2C6A3A7)[..., None]  # an odd constant
-    tokens = torch.arange(1, vocab_size + 1, device=row_keys.device)
-    bits = _mix(stream + tokens * -0x61C8864680B583EB)  # 2^64 / golden ratio
+    bits = _mix(stream + token_keys)
     # Of 63 bits, so that small numbers, which win, are exact to float32's relative precision; 0 and 1 are left out.
     uniform = ((bits & 0x7FFFFFFFFFFFFFFF).float() * 2.0**-63).clamp(2.0**-63, 1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 
 import torch
 import transformers
@@ -96,6 +96,7 @@ USED = (
     Expected(f"{_MODEL}._is_stateful", "generate"),
     Expected(f"{_MODEL}.is_gradient_checkpointing", "generate"),
     Expected("torch.nn:Module._hf_hook", "generate", stored_by="accelerate.hooks:add_hook_to_module"),
+    Expected("torch.nn:Module._forward_pre_hooks", "generate", stored_by="torch.nn:Module.register_forward_pre_hook"),
     Expected("torch._dynamo:mark_static_address", "compile", ("t", "guard")),
     Expected("torch._dynamo.config:recompile_limit", "compile"),
     Expected("torch._dynamo.config:accumulated_recompile_limit", "compile"),
@@ -252,6 +253,12 @@ def is_checkpointing(model: PreTrainedModel) -> bool:
 def execution_device(module: torch.nn.Module) -> torch.device | int | str | None:
     """Where accelerate runs a module whose weights are elsewhere; None where it has no say in it."""
     return getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+
+
+def pre_hook_arguments(module: torch.nn.Module, name: str):
+    """What peft hands to a layer under a name, for the time of a call, by a hook before its forward; None without."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, partial)]
+    return next((hook.keywords[name] for hook in hooks if name in hook.keywords), None)
 
 
 def prefix_allowed_tokens_fn(processor):

@@ -69,7 +69,8 @@ class Texts:
         config = speculator.config
         if config.n_candidates == 0 or config.n_tree_nodes is not None:
             return float(max_nodes(config))
-        roots, states = self.tokens.reshape(-1, 1), self.states.flatten(0, 1)[:, None]
+        roots = self.tokens.clamp(max=config.vocab_size - 1).reshape(-1, 1)  # the base model may have more
+        states = self.states.flatten(0, 1)[:, None]
         sizes = []
         for some in torch.arange(0, len(roots), max(1, len(roots) // 512)).split(32):
             candidates = speculator.generate_candidates(states[some], roots[some])

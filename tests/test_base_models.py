@@ -124,6 +124,13 @@ def test_text_of_gemma3_with_its_vision_tower():
     expected = model.generate(input_ids=prompt(2), **OPTIONS)
     oracle = Oracle(model, expected, p_right=0.7)
     assert model.generate(input_ids=prompt(2), **OPTIONS, assistant_model=oracle).tolist() == expected.tolist()
+    # As its processor returns them: 0 for text, 1 for an image.
+    token_types = torch.zeros_like(prompt(2))
+    out = model.generate(input_ids=prompt(2), token_type_ids=token_types, **OPTIONS, assistant_model=oracle)
+    assert out.tolist() == model.generate(input_ids=prompt(2), token_type_ids=token_types, **OPTIONS).tolist()
+    token_types[0, 1:4] = 1
+    with pytest.raises(ValueError, match="model input `token_type_ids` with values other than 0"):
+        model.generate(input_ids=prompt(2), token_type_ids=token_types, **OPTIONS, assistant_model=oracle)
 
 
 DISTRIBUTED = """

@@ -3,6 +3,7 @@
 import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model, word_tokenizer
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationMixin,
@@ -22,6 +24,7 @@ from transformers import (
 
 import modeling_speculator
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.attention import tree_attention_forward
 from modeling_speculator.cache import SpeculativeCache
 from modeling_speculator.families import SUPPORTED_MODEL_TYPES
 from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingArguments
@@ -265,6 +268,20 @@ def test_attention_kernels_of_another_layout(llama, monkeypatch):
     assert_same_text(llama, prompt(6), random_speculator())
 
 
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_that_of_transformers(nodes, kv_heads):
+    """In memory, too: a model may take a `view` of it."""
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=4 // kv_heads, is_causal=True)
+    query, key, value = torch.randn(2, 4, nodes, 8), *torch.randn(2, 2, kv_heads, 5, 8)
+    mask = torch.where(torch.rand(2, 1, nodes, 5) < 0.3, torch.finfo(torch.float32).min, 0.0)
+    ours, _ = tree_attention_forward(module, query, key, value, mask)
+    theirs, _ = AttentionInterface()["sdpa"](module, query, key, value, mask)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.stride() == theirs.stride()
+
+
 def test_masks_of_any_dtype(llama):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     expected = generate(llama, prompt(6), attention_mask=mask).sequences
@@ -280,9 +297,20 @@ def test_text_generation_pipeline(llama):
     plain = pipeline("text-generation", model=llama, tokenizer=tokenizer)
     assert plain("word3 word4", assistant_model=random_speculator(), **options) == expected
     # The constructor wants a tokenizer for every assistant with other special tokens; the loop has no use for it.
+    # One that names none is such, unless the base model has none.
+    model = copy.deepcopy(llama)
+    model.config.bos_token_id, model.config.eos_token_id = 1, [2, 5]
+    with pytest.raises(ValueError, match="You should pass the assistant tokenizer"):
+        pipeline("text-generation", model=model, tokenizer=tokenizer, assistant_model=random_speculator())
     assistant = {"assistant_model": random_speculator(), "assistant_tokenizer": tokenizer}
-    generator = pipeline("text-generation", model=llama, tokenizer=tokenizer, **assistant)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, **assistant)
     assert generator("word3 word4", **options) == expected
+    speculator = random_speculator()
+    speculator.config.take_special_tokens(model.config)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, assistant_model=speculator)
+    assert generator("word3 word4", **options) == expected
+    with pytest.raises(ValueError, match=r"a name, 'org/speculator'.*AutoModel.from_pretrained\('org/speculator'\)"):
+        plain("word3 word4", assistant_model="org/speculator", **options)
 
 
 def test_base_model_is_left_as_it_was(llama):

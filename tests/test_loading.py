@@ -27,10 +27,13 @@ def speculator(**options):
 
 
 def test_both_from_folders(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base_model = tiny_model("llama")
+    base_model.config.eos_token_id = 25
+    base_model.save_pretrained(tmp_path / "base")
     character_tokenizer(eos_token="z").save_pretrained(tmp_path / "base")
     speculator(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "a")
     drafter, model, tokenizer = load_speculator_and_base(str(tmp_path / "a"), dtype="bfloat16")
+    assert drafter.config.eos_token_id == 25  # which a text-generation pipeline compares
     assert drafter.dtype == model.dtype == torch.bfloat16 and drafter.device == model.device
     out = model.generate(**tokenizer("abc", return_tensors="pt"), assistant_model=drafter, max_new_tokens=5)
     assert out.shape[1] <= 8

@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
 from transformers.generation import logits_process as lp
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, SpeculationStatistics
-from modeling_speculator.sampling import SCORES_ONLY, TokenDraw, draw_row_keys, gumbel_noise
+from modeling_speculator.sampling import SCORES_ONLY, TokenDraw, draw_row_keys, gumbel_noise, token_keys
 
 
 VOCAB, LENGTH = 5, 3
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +156,8 @@ def test_one_row_many_seeds(model, speculator):
 
 def test_noise_is_standard_gumbel_and_independent():
     torch.manual_seed(0)
-    keys, positions = draw_row_keys(40, torch.device("cpu"))[:, None], torch.arange(50)[None]
-    noise = gumbel_noise(keys, positions, 101)
+    keys, positions = draw_row_keys(40, CPU)[:, None], torch.arange(50)[None]
+    noise = gumbel_noise(keys, positions, token_keys(101, CPU))
     assert noise.shape == (40, 50, 101)
     assert abs(noise.mean() - 0.5772) < 0.01
     assert abs(noise.var() - torch.pi**2 / 6) < 0.02
@@ -172,16 +173,16 @@ def test_noise_is_standard_gumbel_and_independent():
 
 def test_noise_belongs_to_row_and_position():
     torch.manual_seed(0)
-    keys = draw_row_keys(3, torch.device("cpu"))[:, None]
-    noise = gumbel_noise(keys, torch.tensor([[4, 5, 6]]), 11)
-    again = gumbel_noise(keys[1:2], torch.tensor([[6, 4]]), 11)
+    keys = draw_row_keys(3, CPU)[:, None]
+    noise = gumbel_noise(keys, torch.tensor([[4, 5, 6]]), token_keys(11, CPU))
+    again = gumbel_noise(keys[1:2], torch.tensor([[6, 4]]), token_keys(11, CPU))
     assert torch.equal(again[0], noise[1, [2, 0]])
     assert noise.isfinite().all()
 
 
 def test_a_forbidden_token_is_never_drawn():
     """Whatever the noise is, and even where a single token is left."""
-    draw = TokenDraw([], draw_row_keys(1, torch.device("cpu")))
+    draw = TokenDraw([], draw_row_keys(1, CPU), vocab_size=7)
     scores = torch.full((1, 3000, 7), -torch.inf)
     scores[..., 4] = -50.0
     for length in range(20):

@@ -1,5 +1,7 @@
 """Which speculator a recipe trains: a new one, one that goes on, an adapter; and base models that have one."""
 
+import copy
+
 import datasets
 import pytest
 import torch
@@ -35,7 +37,10 @@ def train(folder, model, base_model, stage=2):
 
 def test_a_new_one_fits_the_base_model(llama):
     args = ModelArguments(base_model="here", n_predict=2, inner_dim=24, top_k_tokens_per_head=[4, 2], n_candidates=3)
-    config = load_or_create_speculator(args, llama).config
+    base_model = copy.deepcopy(llama)
+    base_model.config.eos_token_id = [2, 5]
+    config = load_or_create_speculator(args, base_model).config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, [2, 5], None)
     assert (config.vocab_size, config.emb_dim, config.inner_dim) == (VOCAB, 32, 24)
     assert (config.n_predict, config.top_k_tokens_per_head, config.n_candidates) == (2, [4, 2], 3)
     assert config.base_model_name_or_path == "here"
@@ -46,7 +51,10 @@ def test_a_new_one_fits_the_base_model(llama):
 
 def test_one_that_goes_on_is_trained_in_float32_for_its_new_base_model(tmp_path, llama):
     speculator(base_model_name_or_path="before", base_model_revision="c0ffee").half().save_pretrained(tmp_path)
-    found = load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama)
+    base_model = copy.deepcopy(llama)
+    base_model.config.bos_token_id = 1
+    found = load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), base_model)
+    assert found.config.bos_token_id == 1
     assert found.dtype == torch.float32
     assert (found.config.base_model_name_or_path, found.config.base_model_revision) == ("x", None)
 
@@ -54,6 +62,12 @@ def test_one_that_goes_on_is_trained_in_float32_for_its_new_base_model(tmp_path,
 def test_what_does_not_go_together(tmp_path, llama):
     with pytest.raises(ValueError, match="'n_predict'.*describe a new speculator"):
         load_or_create_speculator(ModelArguments(base_model="x", speculator="y", n_predict=2), llama)
+    model = copy.deepcopy(llama)
+    model.resize_token_embeddings(VOCAB + 1)
+    tied = ModelArguments(base_model="x", speculator=str(tmp_path / "tied"), tie_to_base_model=True)
+    speculator(tie_weights=True, inner_dim=32).save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match=f"{VOCAB + 1}, but the speculator has {VOCAB}. Call its `resize_token"):
+        load_or_create_speculator(tied, model)
     with pytest.raises(ValueError, match="`lora_rank` adapts a speculator that is there"):
         load_or_create_speculator(ModelArguments(base_model="x", lora_rank=2), llama)
     with pytest.raises(ValueError, match="drop `tie_weights` and `inner_dim`"):

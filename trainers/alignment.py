@@ -13,6 +13,16 @@ class TrainingBatch(NamedTuple):
     labels: torch.Tensor
     next_states: torch.Tensor
 
+    def within(self, vocab_size: int) -> "TrainingBatch":
+        """For a speculator that may lack some of the tokens: it reads another in their place, and predicts none."""
+        labels = known_labels(self.labels, vocab_size)
+        return self._replace(input_ids=self.input_ids.clamp(max=vocab_size - 1), labels=labels)
+
+
+def known_labels(labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Labels with -100 in place of tokens that a speculator lacks."""
+    return labels.masked_fill(labels >= vocab_size, -100)
+
 
 def align(states: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, n_predict: int) -> TrainingBatch:
     """Aligns context vectors with the tokens that come after them.

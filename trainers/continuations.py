@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ..checks import check_positions
-from ..sampling import gumbel_noise, text_keys
+from ..sampling import gumbel_noise, text_keys, token_keys
 from .base_model import read, recorded_states
 from .distribution import is_sharded
 
@@ -119,4 +119,5 @@ class _Noise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         positions = torch.full_like(self.row_keys[:, None], input_ids.shape[1])
-        return scores + gumbel_noise(self.row_keys[:, None], positions, scores.shape[-1])[:, 0]
+        tokens = token_keys(scores.shape[-1], scores.device)
+        return scores + gumbel_noise(self.row_keys[:, None], positions, tokens)[:, 0]

@@ -136,7 +136,8 @@ def _saved_for_backward(
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        options = {"next_states": batch.next_states, "base_logits": partial(output_logits, base_model)}
+        base_logits = partial(output_logits, base_model, vocab_size=speculator.config.vocab_size)
+        options = {"next_states": batch.next_states, "base_logits": base_logits}
         out = speculator(*batch[:3], objective=partial(objective, **options))
     assert out.losses.shape == (speculator.config.n_predict,)
     return sum(storage.nbytes() for storage in kept.values())

@@ -15,7 +15,7 @@ from ..families import output_logits
 from ..model_cards.provenance_file import is_about, read_provenance, weights_in, write_provenance
 from ..transformers_api import own_lr_scheduler, prepare_inputs
 from .acceptance import ExpectedAcceptance
-from .alignment import TrainingBatch, align
+from .alignment import TrainingBatch, align, known_labels
 from .base_model import check_output_logits, check_separation, read
 from .checkpoints import steps_in
 from .continuations import ContinuationSampler
@@ -78,7 +78,7 @@ class SpeculatorTrainer(PublishingTrainer):
         facts = known_before(args, base_model, model) | (facts or {})
         self.base_model = place_base_model(base_model, self.accelerator, args.shard_base_model)
         config = model.config
-        self.n_predict = config.n_predict
+        self.n_predict, self.vocab_size = config.n_predict, config.vocab_size
         self.objective = Objective(
             losses=args.loss,
             loss_weights=args.weights_of("loss_weights", len(args.loss)),
@@ -149,7 +149,8 @@ class SpeculatorTrainer(PublishingTrainer):
         """The micro-batches of a step, whose losses are one mean: over all of them and all processes."""
         samples, n_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         samples = self.complete(samples, device)
-        counted = [counted_labels(self.labels(sample)[:, 1:], self.n_predict).sum(0) for sample in samples]
+        labels = [known_labels(self.labels(sample)[:, 1:], self.vocab_size) for sample in samples]
+        counted = [counted_labels(some, self.n_predict).sum(0) for some in labels]
         if counted:
             mean = torch.stack(counted).float().mean(0).to(device)
             self._divisor = self.accelerator.reduce(mean, reduction="mean")
@@ -160,11 +161,11 @@ class SpeculatorTrainer(PublishingTrainer):
         return samples
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = self.batch(inputs)
+        batch = self.batch(inputs).within(self.vocab_size)
         objective = partial(
             self.objective,
             next_states=batch.next_states,
-            base_logits=partial(output_logits, self.base_model),
+            base_logits=partial(output_logits, self.base_model, vocab_size=self.vocab_size),
             training=model.training,
             divisor=self._divisor if model.training else None,
         )

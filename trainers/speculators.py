@@ -48,6 +48,7 @@ def load_or_create_speculator(
         config = new_config(args, base_model.config)
         speculator = DRAFTERS[type(config)](config)
         speculator.speculator.start_from(base_model)
+    speculator.config.take_special_tokens(base_model.config)
     if args.tie_to_base_model:
         _tie_to_base_model(speculator, base_model)
     return speculator
@@ -116,7 +117,13 @@ def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftM
 @torch.no_grad()
 def _tie_to_base_model(speculator: MLPSpeculatorPreTrainedModel, base_model: PreTrainedModel) -> None:
     """Frozen copies of its embeddings and LM head, for all heads (open question 4 of arXiv 2404.19124)."""
-    width = base_model.config.get_text_config(decoder=True).hidden_size
+    config = base_model.config.get_text_config(decoder=True)
+    width = config.hidden_size
+    if speculator.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"`tie_to_base_model` needs the tokens of the base model, {config.vocab_size}, but the speculator has "
+            f"{speculator.config.vocab_size}. Call its `resize_token_embeddings` and save it first."
+        )
     if not speculator.config.tie_weights or (speculator.config.inner_dim or width) != width:
         raise ValueError(
             f"`tie_to_base_model` needs a speculator whose heads are tied and as wide as the base model, {width}: one "
