@@ -1,6 +1,6 @@
 """A trained speculator to the Hub: its weights, card and code in one commit, and a version on that commit.
 
-python recipes/push_to_hub.py --speculator outputs/llama2-7b/stage2 --repo_id my-org/llama2-7b-speculator \\
+python recipes/push_to_hub.py --speculator outputs/llama2-7b/speculator --repo_id my-org/llama2-7b-speculator \\
     --version 1.0.0 --acceptance outputs/acceptance/acceptance.json --latency outputs/latency/latency.json
 python recipes/push_to_hub.py --repo_id my-org/llama2-7b-speculator --list
 

@@ -1,0 +1,151 @@
+"""What every command does alike: a mistake is one line, Ctrl-C says what is kept, and numbers and folders are checked.
+
+No torch here, nor transformers: this is about words on a command line.
+"""
+
+import argparse
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
+
+
+INTERRUPTED = 130  # a shell's exit status of what Ctrl-C ended
+# What a command keeps when it is interrupted.
+GOES_ON = "What is done is kept: the same command goes on from there."
+FROM_CHECKPOINT = "The same command goes on from the last checkpoint, if one was saved."
+NOTHING_KEPT = "Nothing was kept."
+
+PROBE = 2**20  # bytes; the plots and figures of a measurement are fewer
+
+
+def run(main: Callable[[], None], kept: str = NOTHING_KEPT) -> None:
+    """Runs a command: what its user got wrong becomes one line on stderr, and so does Ctrl-C.
+
+    A ValueError and an OSError are the user's: so everything here says that something was asked for which can't be,
+    and so do a missing file, a full disk and a Hub that can't be reached. Anything else is a bug, and keeps its
+    traceback; `python -X dev recipes/...` keeps them all.
+
+    Args:
+        kept: what is left of the work, and what to do next, where Ctrl-C ends it.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt these lines
+        print(f"\n{program()}: interrupted. {kept}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{program()}: error: {in_one_line(error)}")
+
+
+def program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception says; of one that the system raised, which file it is about, too."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_script(script: Path, *arguments: str, **options) -> int:
+    """Runs another script in a process of its own, and returns its exit status.
+
+    Ctrl-C reaches both processes. The other one says its line first: it is waited for, and not killed, as
+    `subprocess.run` would.
+
+    Args:
+        options: of `subprocess.Popen`.
+
+    Raises:
+        KeyboardInterrupt: if either was interrupted.
+    """
+    with subprocess.Popen([sys.executable, str(script), *arguments], **options) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # perhaps only this process got it
+                process.wait()
+            raise
+    if status in (INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return status
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number from 0 on."""
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_number(text: str) -> float:
+    """An argparse type, as of a learning rate."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def temperature(text: str) -> float:
+    """An argparse type: 0 is greedy."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def top_p(text: str) -> float:
+    """An argparse type: a share of the probability."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and of at most 1")
+
+
+def _number(text: str, kind: type, is_right: Callable, expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_right(value):
+        raise argparse.ArgumentTypeError(f"{expected} is expected, not {text!r}")
+    return value
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that can be written to, or be made; it is not made yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"a folder is expected, but {path} is a file")
+    return _checked(path, path)
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written; its folder is not made yet."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"a file is expected, but {path} is a folder")
+    return _checked(path, path.parent)
+
+
+def _checked(path: Path, folder: Path) -> Path:
+    try:
+        check_writable(folder)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises a ValueError where a folder, there or yet to be made, can't be written to, or its disk has no room."""
+    try:
+        here = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with TemporaryFile(dir=here) as probe:  # the one way to know, whatever the system, its users and quotas are
+            probe.write(bytes(PROBE))
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {folder}: {error.strerror}. Take another folder.") from error
