@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import yaml
+
 
 INTERRUPTED = 130  # a shell's exit status of what Ctrl-C ended
 # What a command keeps when it is interrupted.
@@ -25,9 +27,9 @@ PROBE = 2**20  # bytes; the plots and figures of a measurement are fewer
 def run(main: Callable[[], None], kept: str = NOTHING_KEPT) -> None:
     """Runs a command: what its user got wrong becomes one line on stderr, and so does Ctrl-C.
 
-    A ValueError and an OSError are the user's: so everything here says that something was asked for which can't be,
-    and so do a missing file, a full disk and a Hub that can't be reached. Anything else is a bug, and keeps its
-    traceback; `python -X dev recipes/...` keeps them all.
+    The user's are a ValueError, by which everything here says that something was asked for which can't be, an OSError
+    (a missing file, a full disk, a Hub that can't be reached), and a YAML file that is none. Anything else is a bug,
+    and keeps its traceback; `python -X dev recipes/...` keeps them all.
 
     Args:
         kept: what is left of the work, and what to do next, where Ctrl-C ends it.
@@ -38,7 +40,7 @@ def run(main: Callable[[], None], kept: str = NOTHING_KEPT) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt these lines
         print(f"\n{program()}: interrupted. {kept}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         if sys.flags.dev_mode:
             raise
         sys.exit(f"{program()}: error: {in_one_line(error)}")
@@ -82,6 +84,52 @@ def run_script(script: Path, *arguments: str, **options) -> int:
     return status
 
 
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of a script."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def measuring_parser(doc: str, needs_speculator: bool = True) -> argparse.ArgumentParser:
+    """`parser_of` with what every measurement is told: the models, how they are loaded, and the prompts."""
+    parser = parser_of(doc)
+    parser.add_argument("--base_model", required=True, help="folder or Hub id")
+    parser.add_argument("--speculator", required=needs_speculator, help="folder or Hub id of a speculator for it")
+    parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
+    parser.add_argument("--dtype", default="auto", help="of all models; default: as the base model was saved")
+    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
+    return parser
+
+
+def continuing_parser(doc: str) -> argparse.ArgumentParser:
+    """`measuring_parser` of a command that continues every prompt, and how it does."""
+    parser = measuring_parser(doc)
+    parser.add_argument("--limit", type=positive, help="prompts, spread evenly; default: all")
+    parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
+    parser.add_argument("--max_new_tokens", type=positive, default=128)
+    parser.add_argument("--batch_size", type=positive, default=16)
+    parser.add_argument("--top_p", type=top_p, default=1.0)
+    parser.add_argument("--top_k", type=count, default=0, help="0: all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def timing_parser(
+    doc: str, n_prompts: int, max_new_tokens: int, rounds: int, needs_speculator: bool = True
+) -> argparse.ArgumentParser:
+    """`measuring_parser` of a command that takes times at several loads; the numbers are defaults."""
+    parser = measuring_parser(doc, needs_speculator)
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="loads to look at")
+    parser.add_argument(
+        "--prompt_length", type=positive, nargs="+", default=[64], help="tokens, from the middle of texts"
+    )
+    parser.add_argument("--n_prompts", type=positive, default=n_prompts, help="of each load")
+    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
+    parser.add_argument("--rounds", type=positive, default=rounds)
+    parser.add_argument("--threads", type=positive, help="of a CPU")
+    return parser
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1 on."""
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
@@ -115,6 +163,13 @@ def _number(text: str, kind: type, is_right: Callable, expected: str):
     if value is None or not is_right(value):
         raise argparse.ArgumentTypeError(f"{expected} is expected, not {text!r}")
     return value
+
+
+def named_folder(text: str) -> str:
+    """An argparse type: NAME=DIR, as it is."""
+    if not all(text.partition("=")):
+        raise argparse.ArgumentTypeError(f"NAME=DIR is expected, not {text!r}")
+    return text
 
 
 def output_folder(text: str) -> Path:

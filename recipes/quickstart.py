@@ -9,12 +9,12 @@ Within twelve minutes on two CPU cores: what is trained is as large as the machi
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from modeling_speculator import command_line
 from modeling_speculator.precision import PRECISIONS
 
 
@@ -107,9 +107,9 @@ def run(script: str, done: Path | None = None, **flags) -> None:
     for key, value in flags.items():
         arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     print("python", f"recipes/{script}", *arguments, flush=True)
-    if subprocess.run([sys.executable, str(RECIPES / script), *arguments]).returncode:
+    if command_line.run_script(RECIPES / script, *arguments):
         sys.exit(f"recipes/{script} failed. The same command, run again, goes on from what is on disk.")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, command_line.GOES_ON)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
+from modeling_speculator.command_line import FROM_CHECKPOINT, run
 from modeling_speculator.model_cards.provenance_file import trusted_provenance
 from modeling_speculator.trainers import (
     DistillationTrainer,
@@ -95,4 +96,4 @@ def load_base_model(model_args, args):
 
 
 if __name__ == "__main__":
-    main()
+    run(main, FROM_CHECKPOINT)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator import SpeculationStatistics, benchmarking
+from modeling_speculator.command_line import run
 from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, loops
 from modeling_speculator.precision import PRECISIONS, resolve_precision
 
@@ -148,4 +149,4 @@ def plot(stages: dict[str, SpeculationStatistics], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.command_line import FROM_CHECKPOINT, run
 from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
 from modeling_speculator.precision import PRECISIONS, go_on_in
 from modeling_speculator.trainers import DataArguments, SafeTrainer, latest_checkpoint, load_texts, pack
@@ -132,4 +133,4 @@ def train_tokenizer(corpus: Path, vocab_size: int = 2048) -> PreTrainedTokenizer
 
 
 if __name__ == "__main__":
-    main()
+    run(main, FROM_CHECKPOINT)
