@@ -195,7 +195,10 @@ def config_of(name: str, revision: str | None = None) -> PreTrainedConfig:
     except ValueError:
         if find_adapter_config_file(name, revision=revision) is None:
             raise
-        return config_of(PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path)
+        adapted = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+        if adapted is None:
+            raise ValueError(f"{name} is an adapter that does not say for which model.") from None
+        return config_of(adapted)
     except OSError as error:
         if folder.is_dir():
             raise

@@ -2,7 +2,7 @@
 
 python recipes/convert.py --speculator outputs/quickstart/speculator --to arctic --output outputs/arctic
 python recipes/convert.py --speculator Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct --to mlp_speculator \\
-    --output outputs/llama3.1-8b
+    --output outputs/converted
 
 mlp_speculator: the published form, in safetensors. This package knows it, and so do vLLM up to 0.9.2 and TGI, but for
 gated ones. arctic: that of Arctic Inference, which serves either in vLLM.
