@@ -181,11 +181,12 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """An argparse type: a file that can be written; its folder is not made yet."""
+    """An argparse type: a file that can be written; its folder is made, where it is not there."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"a file is expected, but {path} is a folder")
-    return _checked(path, path.parent)
+    _checked(path, path.parent).parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _checked(path: Path, folder: Path) -> Path:

@@ -37,8 +37,6 @@ METHODS = ("eager_generate", "compiled_generate", "loop", "speculative")
 
 def main() -> None:
     args = parse_args()
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
     copied = copy_bandwidth(args.device)
     report = {"machine": machine(), "versions": versions(), "copy_gb_per_second": copied / 1e9, "rows": []}
     print(json.dumps({key: report[key] for key in ("machine", "copy_gb_per_second")}))

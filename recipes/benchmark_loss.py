@@ -46,7 +46,6 @@ def main() -> None:
     report = {"rows": rows, "machine": machine(), "versions": versions()}
     report |= {key: getattr(args, key) for key in ("vocab_size", "inner_dim", "heads", "chunk_elements")}
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -83,7 +83,6 @@ def main() -> None:
         arguments = {key: str(value) for key, value in vars(args).items()}
         report = {"arguments": arguments, "machine": machine() | {"busy_cores_before": round(busy, 2)}}
         report |= {"versions": versions(), "results": results, "rates": rates}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=positive, default=64, help="of stage 2; the published recipe has 256")
     parser.add_argument("--output", type=output_file, help="JSON file for the results")
     args = parser.parse_args()
+    if args.steps < 4:
+        parser.error("--steps is at least 4, two of which warm up")
     with TemporaryDirectory() as folder:
         report = {
             "target": args.target,
@@ -57,7 +59,6 @@ def main() -> None:
         report["hours_of_the_published_21000_steps"] = steps / 3600
     print(json.dumps(report, indent=2))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 

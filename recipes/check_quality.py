@@ -53,7 +53,6 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"Greedy: {report['identical_outputs']} of {len(prompts)} outputs are the base model's, token for token.")
     for row in report["differences"]:

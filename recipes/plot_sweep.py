@@ -17,9 +17,12 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("results", type=Path)
     path = parser.parse_args().results
-    report = json.loads(path.read_text())
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results.json of sweep.py.") from error
     by_variant = {}
-    for row in report["rows"]:
+    for row in rows:
         by_variant.setdefault(row["variant"], []).append(row)
     show(by_variant)
     plot_tokens_per_step(by_variant, path.with_name(f"{path.stem}_tokens_per_step.png"))

@@ -70,6 +70,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.write and (len(args.batch_size) * len(args.prompt_length) > 1 or not Path(args.speculator).is_dir()):
         parser.error("--write needs one --batch_size and --prompt_length, and a speculator in a folder of yours.")
+    if args.max_new_tokens < 2:  # of which the first is the prefill's
+        parser.error("--max_new_tokens is at least 2")
     if args.write:
         check_writable(Path(args.speculator))
     return args

@@ -107,8 +107,9 @@ def test_numbers(kind, right, wrong):
 
 def test_folders_and_files_that_can_be_written(tmp_path):
     assert command_line.output_folder(str(tmp_path / "a/b")) == tmp_path / "a/b"
+    assert list(tmp_path.iterdir()) == []  # it is made with what is written
     assert command_line.output_file(str(tmp_path / "a/b.json")) == tmp_path / "a/b.json"
-    assert list(tmp_path.iterdir()) == []  # nothing is made before there is something to write
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
 
 
 def test_folders_and_files_that_can_not(tmp_path, monkeypatch):
