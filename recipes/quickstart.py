@@ -26,7 +26,11 @@ MINUTES = {"base_model": 4.0, "stage1": 1.5, "stage2": 2.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, help="outputs/quickstart, or outputs/comparison of given models")
+    parser.add_argument(
+        "--output_dir",
+        type=command_line.output_folder,
+        help="outputs/quickstart, or outputs/comparison of given models",
+    )
     parser.add_argument("--base_model", help="folder or Hub id; with --speculator, nothing is trained")
     parser.add_argument("--speculator", help="folder or Hub id of a speculator for it")
     parser.add_argument(

@@ -40,9 +40,7 @@ def main() -> None:
     parser.add_argument("--results", type=command_line.output_file, help="JSON file; default: results.json there")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
     parser.add_argument("--only", nargs="+", help="variants; default: all")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fast", help="of the trainings; fast: measured here"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="of the trainings")
     parser.add_argument("--jobs", type=positive, default=2, help="trainings side by side, one thread each")
     args = parser.parse_args()
     args.sweep = yaml.safe_load(args.variants.read_text())
