@@ -35,6 +35,7 @@ def render_card(
         license: as the Hub writes it ("apache-2.0"), where it is known.
     """
     base_model, stages = config.base_model_name_or_path, training_stages(provenance)
+    results = eval_results(acceptance) if acceptance else []
     card_data = ModelCardData(
         base_model=base_model,
         base_model_relation="adapter",  # of the four that the Hub knows, the one that is used beside its base model
@@ -43,8 +44,8 @@ def render_card(
         license=license,
         tags=TAGS,
         datasets=sorted({stage["dataset"] for stage in stages if "/" in (stage["dataset"] or "")}) or None,
-        model_name=repo_id.split("/")[-1] if acceptance else None,
-        eval_results=eval_results(acceptance) if acceptance else None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
     )
     about_code = acceptance is not None and "humaneval" in acceptance["settings"]["prompts"].lower()
     card = ModelCard.from_template(
@@ -65,18 +66,22 @@ def render_card(
 
 
 def eval_results(acceptance: dict) -> list[EvalResult]:
-    """Tokens per step, of all prompts and by category, greedy and sampled, as the Hub's `model-index` lists it."""
+    """Tokens per step, of all prompts and by category, greedy and sampled, as the Hub's `model-index` lists it.
+
+    Texts that loop are left out, since they are easy to guess; where all do, there is no figure.
+    """
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=category or Path(acceptance["settings"]["prompts"]).name,
             dataset_name=category or Path(acceptance["settings"]["prompts"]).name,
             metric_type="tokens_per_step",
-            metric_name=f"tokens per step, {mode}",
-            metric_value=round(row["tokens_per_step"], 3),
+            metric_name=f"tokens per step, {mode}"
+            + (f", {_looping(row)} texts left out, which loop" if row["looping"] else ""),
+            metric_value=round(row["tokens_per_step_without_loops"], 3),
         )
         for mode, category, row in rows_of(acceptance)
-        if row["tokens_per_step"] is not None
+        if row["tokens_per_step_without_loops"] is not None
     ]
 
 
@@ -92,17 +97,20 @@ def rows_of(acceptance: dict) -> list[tuple[str, str | None, dict]]:
 
 def acceptance_section(acceptance: dict) -> dict:
     settings = acceptance["settings"]
-    lines = ["| | prompts | tokens per step | 95 % | without loops | accepted, by position |", "|---" * 6 + "|"]
+    lines = ["| | prompts | tokens per step | texts that loop | with these | 95 % | accepted, by position |"]
+    lines.append("|---" * 7 + "|")
     for mode, category, row in rows_of(acceptance):
-        cells = [f"{category}, {mode}" if category else mode, str(row["prompts"]), _number(row["tokens_per_step"])]
+        cells = [f"{category}, {mode}" if category else mode, str(row["prompts"])]
+        cells.append("all loop" if _all_loop(row) else _number(row["tokens_per_step_without_loops"]))
+        cells += [_looping(row), _number(row["tokens_per_step"])]
         cells.append(" to ".join(map(_number, row["tokens_per_step_interval"] or [])))
-        cells.append(_number(row["tokens_per_step_without_loops"]))
         cells.append(", ".join(map(_number, row["accepted_per_position"] or [])))
         lines.append("| " + " | ".join(cells) + " |")
     dial = "n_tree_nodes" if settings["n_tree_nodes"] else "n_candidates"
     sampling = acceptance.get("sampled", {}).get("sampling") or {}
     return {
         "table": "\n".join(lines),
+        "all_loop": [mode for mode, category, row in rows_of(acceptance) if category is None and _all_loop(row)],
         "prompts": Path(settings["prompts"]).name,
         "max_new_tokens": settings["max_new_tokens"],
         "dials": f"`{dial}={settings[dial]}` of `top_k_tokens_per_head={settings['top_k_tokens_per_head']}`",
@@ -113,16 +121,26 @@ def acceptance_section(acceptance: dict) -> dict:
     }
 
 
+def _all_loop(row: dict) -> bool:
+    return row["looping"] > 0 and row["tokens_per_step_without_loops"] is None
+
+
+def _looping(row: dict) -> str:
+    """How many texts do, of how many, which files of earlier versions do not say."""
+    return " of ".join(str(row[name]) for name in ("looping", "texts") if name in row)
+
+
 def latency_section(latency: list[dict]) -> dict:
     """What ran, at the first length of prompts; the numbers of candidates and batch sizes are those of the rows."""
     rows = [row for row in latency if "speedup" in row]
     first = rows[0]
     rows = [row for row in rows if row["prompt_length"] == first["prompt_length"]]
-    lines = ["| | candidates | batch | x generate | tokens/s | tokens per step | same output |", "|---" * 7 + "|"]
+    lines = ["| | candidates | batch | x generate | tokens/s | tokens per step | texts that loop | same output |"]
+    lines.append("|---" * 8 + "|")
     for row in rows:
         cells = [row["method"], row.get("n_candidates"), row["batch_size"], f"{row['speedup']:.2f}"]
         cells += [f"{row['tokens_per_second']:.0f}", _number(row["tokens_per_step"])]
-        cells.append(f"{row['identical_outputs']} of {row['outputs']}")
+        cells += [f"{row[name]} of {row['outputs']}" for name in ("looping", "identical_outputs")]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     return {
         "table": "\n".join(lines),

@@ -71,6 +71,8 @@ def check_folder(folder: Path):
     Raises:
         ValueError: if it is none, or not in the published form.
     """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no speculator (no config.json). An adapter has to be merged first.")
     written = _read(folder / "config.json")
@@ -215,7 +217,10 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _read(path: Path):
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
 
 
 def _json(value) -> bytes:

@@ -189,6 +189,7 @@ def summarize(records: list[dict], n_predict: int) -> dict:
         "tokens_per_step": whole.tokens_per_step,
         "tokens_per_step_interval": bootstrap_interval(records),
         "tokens_per_step_without_loops": _pool(varied, n_predict).tokens_per_step if varied else None,
+        "texts": len(records),
         "looping": len(records) - len(varied),
         "accepted_per_position": whole.accepted_per_position,
         "drafted_tokens": whole.drafted_tokens,

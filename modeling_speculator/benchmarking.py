@@ -12,6 +12,7 @@ from functools import wraps
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -114,6 +115,14 @@ def synchronize() -> None:
     """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def warn_of_other_work() -> float:
+    """Says so where other processes are at work on a machine that is to be timed; the cores that they take."""
+    busy = psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count()
+    if busy > 0.2:
+        print(f"WARNING: {busy:.1f} cores are busy with something else. Stop it: its share of the time is not known.")
+    return busy
 
 
 def versions() -> dict[str, str]:

@@ -1,21 +1,45 @@
 """A base model, its tokenizer and what drafts for it, loaded to where they run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
 from .checks import main_device
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .drafters import DRAFTERS
+
+
+# Why a name that is no folder is no model of the Hub either: the first of these that caused the error.
+_REASONS = (
+    (HFValidationError, "it is no name that a model of the Hub could have"),
+    (GatedRepoError, "on the Hub it is gated: ask for access on its page there, and log in (`hf auth login`)"),
+    (RepositoryNotFoundError, "the Hub has no such model that you may see (a private one: `hf auth login`)"),
+    (RevisionNotFoundError, "the model of that name on the Hub has no such revision"),
+    (LocalEntryNotFoundError, "the Hub, where it may be, can't be reached"),
+)
 
 
 def load_speculator_and_base(
@@ -30,18 +54,19 @@ def load_speculator_and_base(
         device_map: of `from_pretrained`; by default all of the base model is put on the first accelerator, or the CPU.
 
     Raises:
-        ValueError: where the speculator does not say what it was trained for, or, downloaded, names a path.
+        ValueError: where one of the two can't be found or is no such model, or the speculator does not say what it was
+            trained for, or, downloaded, names a path.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    base_name = getattr(config, "base_model_name_or_path", None)
+    config = speculator_config(name, revision)
+    base_name = config.base_model_name_or_path
     if not base_name:
         raise ValueError(
             f"{name} does not say which base model it is for (`base_model_name_or_path`): load both apart."
         )
     if not Path(name).is_dir() or hasattr(config, "auto_map"):  # downloaded, or a copy of what was pushed
         check_is_hub_id(base_name, name)
-    base_model, tokenizer = load_base_model(base_name, dtype, device_map, getattr(config, "base_model_revision", None))
-    return load_drafter(name, base_model, revision), base_model, tokenizer
+    base_model, tokenizer = load_base_model(base_name, dtype, device_map, config.base_model_revision)
+    return load_speculator(name, base_model, revision), base_model, tokenizer
 
 
 def check_is_hub_id(base_name: str, speculator: str) -> None:
@@ -66,19 +91,149 @@ def load_base_model(
     Args:
         name: folder or Hub id.
         device_map: of `from_pretrained`; by default all of the model is put on the first accelerator, or the CPU.
+
+    Raises:
+        ValueError: where there is no such model, it is none that continues text, or it has no tokenizer.
     """
+    base_model_config(name, revision)
+    check_dtype(dtype)
+    tokenizer = load_tokenizer(name, revision)
     options = {"dtype": dtype, "device_map": device_map, "revision": revision}
-    model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
+    with _whole_weights(name):
+        model = AutoModelForCausalLM.from_pretrained(name, **options).eval()
     if device_map is None:
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    return model, AutoTokenizer.from_pretrained(name, revision=revision)
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer.
+
+    Raises:
+        ValueError: where none can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:  # transformers raises either, at some length
+        raise ValueError(
+            f"{name} holds no tokenizer, or one that needs a package which is not here (sentencepiece, tiktoken). "
+            "Save the base model's there: `tokenizer.save_pretrained(...)`."
+        ) from error
+
+
+def load_speculator(name: str, base_model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:
+    """A speculator, in the base model's dtype, beside it.
+
+    Raises:
+        ValueError: where there is no such speculator.
+    """
+    speculator_config(name, revision)
+    speculator = _load_beside(base_model, AutoModel, name, revision)
+    if isinstance(speculator.config, MLPSpeculatorConfig):  # and no drafter of somebody's own
+        speculator.config.take_special_tokens(base_model.config)
+    return speculator
 
 
 def load_drafter(name: str, base_model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:
-    """A speculator, or a language model that drafts in transformers' own way, in the base model's dtype, beside it."""
-    is_speculator = type(AutoConfig.from_pretrained(name, revision=revision)) in DRAFTERS
-    auto = AutoModel if is_speculator else AutoModelForCausalLM
-    drafter = auto.from_pretrained(name, dtype=base_model.dtype, revision=revision).eval()
-    if isinstance(drafter.config, MLPSpeculatorConfig):
-        drafter.config.take_special_tokens(base_model.config)
+    """A speculator, or a language model that drafts in transformers' own way, in the base model's dtype, beside it.
+
+    Raises:
+        ValueError: where there is neither by that name.
+    """
+    if type(config_of(name, revision)) in DRAFTERS:
+        return load_speculator(name, base_model, revision)
+    base_model_config(name, revision)
+    return _load_beside(base_model, AutoModelForCausalLM, name, revision)
+
+
+def _load_beside(base_model: PreTrainedModel, auto: type, name: str, revision: str | None) -> PreTrainedModel:
+    with _whole_weights(name):
+        drafter = auto.from_pretrained(name, dtype=base_model.dtype, revision=revision).eval()
     return drafter.to(main_device(base_model))
+
+
+def base_model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a base model, without its weights.
+
+    Raises:
+        ValueError: where there is no such model, or it is none that continues text.
+    """
+    config = config_of(name, revision)
+    if type(config) in DRAFTERS:
+        raise ValueError(f"{name} is a speculator, not a base model to draft for.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is a model of type {config.model_type!r}, none that continues text.")
+    return config
+
+
+def speculator_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a speculator, without its weights.
+
+    Raises:
+        ValueError: where there is no such model, or it is no speculator.
+    """
+    config = config_of(name, revision)
+    if type(config) not in DRAFTERS:
+        raise ValueError(f"{name} is a model of type {config.model_type!r}, no speculator.")
+    return config
+
+
+def config_of(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a model; of an adapter, that of the model that it adapts.
+
+    Args:
+        name: folder or Hub id.
+
+    Raises:
+        ValueError: in one sentence, where there is no such model here or on the Hub.
+    """
+    folder = Path(name)
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_dir() and not files & {CONFIG_NAME, ADAPTER_CONFIG_NAME}:
+        raise ValueError(
+            f"{name} holds no model (no {CONFIG_NAME})."
+            + (" Its training has not ended: start it again, it goes on." if _has_checkpoints(files) else "")
+        )
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except ValueError:
+        if find_adapter_config_file(name, revision=revision) is None:
+            raise
+        adapted = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+        if adapted is None:
+            raise ValueError(f"{name} is an adapter that does not say for which model.") from None
+        return config_of(adapted)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise ValueError(f"There is no folder {name!r} here, and {_why_not_on_the_hub(error)}.") from error
+
+
+def _has_checkpoints(files: set[str]) -> bool:
+    return any(name.startswith("checkpoint-") for name in files)
+
+
+def _why_not_on_the_hub(error: BaseException) -> str:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    reasons = (reason for kind, reason in _REASONS if any(isinstance(cause, kind) for cause in causes))
+    return next(reasons, f"the Hub's answer was: {' '.join(str(error).split())}")
+
+
+def check_dtype(name: str) -> None:
+    """Raises a ValueError for what is not the name of a dtype that weights can have."""
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f'A dtype is "auto", "float32", "bfloat16" or "float16", not {name!r}.')
+
+
+@contextmanager
+def _whole_weights(name: str) -> Iterator[None]:
+    """Says which model it is whose weights, read meanwhile, are damaged."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {name} can't be read ({error}): a file is cut off or damaged. Copy or download it again."
+        ) from error

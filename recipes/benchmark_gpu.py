@@ -12,13 +12,13 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.benchmarking import copy_bandwidth, machine, synchronize, versions
+from modeling_speculator.command_line import output_file, parser_of, positive, run
 
 
 LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
@@ -60,14 +60,14 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[name for name in TARGETS if name != "tiny"])
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[64, 512, 2048])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--batch_sizes", nargs="+", type=positive, default=[1, 4, 16, 64])
+    parser.add_argument("--contexts", nargs="+", type=positive, default=[64, 512, 2048])
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=32)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--output", type=output_file, help="JSON file for the results")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; `--device cpu --targets tiny` tries the script")
@@ -144,4 +144,4 @@ def profile(model, speculator, args, rows: int = 15) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "What was printed of finished cells is in --output, where that was given; the same command starts anew.")

@@ -15,11 +15,11 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import psutil
 import torch
 
-from modeling_speculator.benchmarking import digest, machine, versions
+from modeling_speculator.benchmarking import digest, machine, versions, warn_of_other_work
 from modeling_speculator.checks import main_device
+from modeling_speculator.command_line import GOES_ON, count, named_folder, output_folder, run, timing_parser
 from modeling_speculator.drafters import dials_of, is_drafter
 from modeling_speculator.latency import measure_latency
 from modeling_speculator.loading import load_base_model, load_drafter
@@ -38,9 +38,7 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    busy = psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count()
-    if busy > 0.2:
-        print(f"WARNING: {busy:.1f} cores are busy with something else. Stop it: its share of the time is not known.")
+    warn_of_other_work()
     model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
     paths = dict(drafter.partition("=")[::2] for drafter in args.drafters)
     paths |= {"speculator": args.speculator} if args.speculator else {}
@@ -55,20 +53,16 @@ def main() -> None:
     base_weights = digest(model)
     settings |= {"weights": [base_weights, *weights.values()], "texts": digest_of(prompts)}
     settings |= {"versions": versions(), "machine": machine(with_date=False)}
+    cells = cut_cells(args, model, tokenizer, texts)
     file = RecordFile(args.output / "latency.jsonl", settings)
-    for batch_size, length in product(args.batch_size, args.prompt_length):
+    for (batch_size, length), rows in cells.items():
         cell = {"batch_size": batch_size, "prompt_length": length, "new_tokens": args.max_new_tokens}
         if any(record["cell"] == cell for record in file.records):
             continue
-        n_prompts = max(args.n_prompts, batch_size) // batch_size * batch_size
-        try:
-            check_context(model, length + args.max_new_tokens)
-            possible = [n for n in args.prompt_length if sum(len(text) >= n for text in texts) >= n_prompts]
-            rows = cut_prompts(texts, length, n_prompts, max(possible, default=0), tokenizer.bos_token_id)
-        except ValueError as error:  # the other cells go on
-            file.add([{"cell": cell, "rows": [cell | {"method": name, "error": str(error)} for name in methods]}])
+        if isinstance(rows, str):  # the other cells go on
+            file.add([{"cell": cell, "rows": [cell | {"method": name, "error": rows} for name in methods]}])
             continue
-        batches = [(part, torch.ones_like(part)) for part in rows.to(main_device(model)).split(batch_size)]
+        batches = [(part, torch.ones_like(part)) for part in rows.split(batch_size)]
         ways = expand_methods(methods, model, drafters, args.n_candidates, batch_size)
         measured = measure_latency(model, ways, batches, args.max_new_tokens, args.rounds)
         about = {"base_model": args.base_model, "base_model_weights": base_weights, "dtype": str(model.dtype)}
@@ -87,25 +81,31 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder or Hub id")
-    parser.add_argument("--speculator", help="folder or Hub id")
-    parser.add_argument("--drafters", nargs="*", default=[], metavar="NAME=DIR", help="others, draft_model among them")
+    parser = timing_parser(__doc__, n_prompts=8, max_new_tokens=100, rounds=5, needs_speculator=False)
+    parser.add_argument("--drafters", type=named_folder, nargs="*", default=[], metavar="NAME=DIR", help="others")
     parser.add_argument(
         "--methods", nargs="+", help="the first is compared with; default: generate, prompt_lookup, all"
     )
-    parser.add_argument("--n_candidates", type=int, nargs="+", help="default: each speculator's dials")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1])
-    parser.add_argument("--prompt_length", type=int, nargs="+", default=[64], help="tokens")
-    parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
-    parser.add_argument("--n_prompts", type=int, default=8, help="of each cell, from the middle of texts")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of a CPU")
-    parser.add_argument("--dtype", default="auto", help="of all models; default: as the base model was saved")
-    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
-    parser.add_argument("--output", type=Path, required=True, help="folder for latency.json, .md, .png")
+    parser.add_argument("--n_candidates", type=count, nargs="+", help="default: each speculator's dials")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder for latency.json, .md, .png")
     return parser.parse_args()
+
+
+def cut_cells(args, model, tokenizer, texts: list[list[int]]) -> dict[tuple[int, int], torch.Tensor | str]:
+    """Prompts by batch size and length, or why there are none; a ValueError where there are none at all."""
+    cells = {}
+    for batch_size, length in product(args.batch_size, args.prompt_length):
+        n_prompts = max(args.n_prompts, batch_size) // batch_size * batch_size
+        possible = [n for n in args.prompt_length if sum(len(text) >= n for text in texts) >= n_prompts]
+        try:
+            check_context(model, length + args.max_new_tokens)
+            rows = cut_prompts(texts, length, n_prompts, max(possible, default=0), tokenizer.bos_token_id)
+            cells[batch_size, length] = rows.to(main_device(model))
+        except ValueError as error:
+            cells[batch_size, length] = str(error)
+    if all(isinstance(prompts, str) for prompts in cells.values()):
+        raise ValueError(next(iter(cells.values())))
+    return cells
 
 
 def tabulate(rows: list[dict]) -> str:
@@ -144,4 +144,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, GOES_ON)

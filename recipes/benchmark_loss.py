@@ -4,8 +4,8 @@ python recipes/benchmark_loss.py
 python recipes/benchmark_loss.py --device cuda --positions 8192 32768 --inner_dim 3072 --output loss_gpu.json
 """
 
-import argparse
 import json
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -17,18 +17,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_speculator.benchmarking import machine, synchronize, versions
+from modeling_speculator.command_line import output_file, parser_of, positive, run
 from modeling_speculator.trainers.chunked import CHUNK_ELEMENTS, chunked_linear
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab_size", type=int, default=128256)
-    parser.add_argument("--inner_dim", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--positions", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--chunk_elements", type=int, help="logits at a time; default: 2**27, on a CPU 2**24")
+    parser = parser_of(__doc__)
+    parser.add_argument("--vocab_size", type=positive, default=128256)
+    parser.add_argument("--inner_dim", type=positive, default=256)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--positions", type=positive, nargs="+", default=[256, 1024])
+    parser.add_argument("--chunk_elements", type=positive, help="logits at a time; default: 2**27, on a CPU 2**24")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--output", type=output_file, help="JSON file for the results")
     args = parser.parse_args()
     args.chunk_elements = args.chunk_elements or (2**24 if args.device == "cpu" else CHUNK_ELEMENTS)
     rows = []
@@ -38,7 +39,8 @@ def main() -> None:
             if way.startswith("torch") and (is_slow or not hasattr(F, "linear_cross_entropy")):
                 continue  # torch has it from 2.13 on
             # In a process of its own, whose memory is nobody else's.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # ended by Ctrl-C
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
                 rows.append(pool.submit(measure, way, positions, args).result())
             print(json.dumps(rows[-1]), flush=True)
     report = {"rows": rows, "machine": machine(), "versions": versions()}
@@ -120,4 +122,4 @@ class Peak:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,16 +12,16 @@ import json
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 
-import psutil
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import machine, speedup, step_times, time_in_turn, versions
+from modeling_speculator.benchmarking import machine, speedup, step_times, time_in_turn, versions, warn_of_other_work
+from modeling_speculator.command_line import output_file, parser_of, positive, run
 from modeling_speculator.decoding import max_nodes
 from modeling_speculator.evaluation import generate_greedily
+from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.transformers_api import compile_on_any_device
 
 
@@ -41,9 +41,7 @@ COLUMNS = {
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    load = psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count()
-    if load > 0.2:
-        print(f"WARNING: {load:.1f} cores are busy with something else. Stop it: its share of the time is not known.")
+    busy = warn_of_other_work()
     model, speculator, prompt = load_models(args)
     print(f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}, {model.device}")
 
@@ -83,9 +81,8 @@ def main() -> None:
     print("The prefill is not in a step's milliseconds; overhead is a step over its draft and its verifying forward.")
     if args.output:
         arguments = {key: str(value) for key, value in vars(args).items()}
-        report = {"arguments": arguments, "machine": machine() | {"busy_cores_before": round(load, 2)}}
+        report = {"arguments": arguments, "machine": machine() | {"busy_cores_before": round(busy, 2)}}
         report |= {"versions": versions(), "results": results, "rates": rates}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -108,15 +105,15 @@ def methods(config, with_static: bool) -> dict[str, tuple[dict | None, dict]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--base_model", help="folder or Hub id; a random one by default")
     parser.add_argument("--speculator", help="folder or Hub id; a random one by default")
     parser.add_argument("--prompt", default="def main():")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=positive, default=200)
+    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--compile", action="store_true", help="the static cache, too")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--output", type=output_file, help="JSON file for the results")
     return parser.parse_args()
 
 
@@ -124,22 +121,22 @@ def load_models(args) -> tuple:
     """Base model, speculator and the prompt's tokens."""
     torch.manual_seed(0)
     if args.base_model:
-        model = AutoModelForCausalLM.from_pretrained(args.base_model)
-        prompt = AutoTokenizer.from_pretrained(args.base_model)(args.prompt, return_tensors="pt").input_ids
+        model, tokenizer = load_base_model(args.base_model)
+        prompt = tokenizer(args.prompt, return_tensors="pt").input_ids
     else:
         sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536}
         config = LlamaConfig(**sizes, num_hidden_layers=8, num_attention_heads=8, eos_token_id=None)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         prompt = torch.randint(config.vocab_size, (1, 64))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if args.speculator:
-        speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype)
+        speculator = load_speculator(args.speculator, model)
     else:
         config = model.config.get_text_config()
         config = MLPSpeculatorConfig(vocab_size=config.vocab_size, emb_dim=config.hidden_size)
-        speculator = MLPSpeculatorPreTrainedModel(config).to(model.dtype)
-    return model.eval().to(device), speculator.eval().to(device), prompt.to(device)
+        speculator = MLPSpeculatorPreTrainedModel(config).eval().to(model.device, model.dtype)
+    return model, speculator, prompt.to(model.device)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,13 +7,11 @@ Base models of the given shapes with random weights, in bf16; the batches are th
 small ones on a CPU. A step is the trainer's own, data and optimizer included.
 """
 
-import argparse
 import json
 import statistics
 import time
 import timeit
 from itertools import pairwise
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import datasets
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.benchmarking import machine, speedup, synchronize, time_in_turn, versions
+from modeling_speculator.command_line import output_file, parser_of, positive, run
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer, SpeculatorTrainingArguments
 
 
@@ -37,14 +36,16 @@ TARGETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--target", choices=TARGETS, default="small")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="of a round")
-    parser.add_argument("--new_tokens", type=int, default=64, help="of stage 2; the published recipe has 256")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=8, help="of a round")
+    parser.add_argument("--new_tokens", type=positive, default=64, help="of stage 2; the published recipe has 256")
+    parser.add_argument("--output", type=output_file, help="JSON file for the results")
     args = parser.parse_args()
+    if args.steps < 4:
+        parser.error("--steps is at least 4, two of which warm up")
     with TemporaryDirectory() as folder:
         report = {
             "target": args.target,
@@ -147,4 +148,4 @@ def gpu_memory() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

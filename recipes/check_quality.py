@@ -6,23 +6,23 @@ python recipes/check_quality.py --base_model outputs/quickstart/base_model \\
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from modeling_speculator.benchmarking import machine, versions
 from modeling_speculator.checks import main_device
-from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.command_line import continuing_parser, output_file, positive, positive_number, run
+from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.prompts import encode, fitting_prompts, pad_left, read_prompts
 from modeling_speculator.quality import compare_greedy, compare_samples, sample
 
 
 def main() -> None:
     args = parse_args()
-    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
-    speculator = load_drafter(args.speculator, model)
     read = read_prompts(args.prompts, args.limit)
+    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
+    speculator = load_speculator(args.speculator, model)
     prompts = fitting_prompts(read, tokenizer, model, args.max_new_tokens, args.chat, args.leave_out_long)
     rows = encode(prompts, [[] for _ in prompts], tokenizer, args.chat)
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
@@ -53,7 +53,6 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"Greedy: {report['identical_outputs']} of {len(prompts)} outputs are the base model's, token for token.")
     for row in report["differences"]:
@@ -64,25 +63,12 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder or Hub id")
-    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
-    parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    parser.add_argument("--limit", type=int, help="prompts, spread evenly; default: all")
-    parser.add_argument("--samples", type=int, default=2, help="texts per prompt, plainly and with the speculator")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
-    parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
-    parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
-    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
+    parser = continuing_parser(__doc__)
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file")
+    parser.add_argument("--samples", type=positive, default=2, help="texts per prompt and way to decode")
+    parser.add_argument("--temperature", type=positive_number, default=1.0)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

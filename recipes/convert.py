@@ -2,36 +2,33 @@
 
 python recipes/convert.py --speculator outputs/quickstart/speculator --to arctic --output outputs/arctic
 python recipes/convert.py --speculator Snowflake/Arctic-LSTM-Speculator-Llama-3.1-8B-Instruct --to mlp_speculator \\
-    --output outputs/llama3.1-8b
+    --output outputs/converted
 
 mlp_speculator: the published form, in safetensors. This package knows it, and so do vLLM up to 0.9.2 and TGI, but for
 gated ones. arctic: that of Arctic Inference, which serves either in vLLM.
 """
 
-import argparse
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
-from modeling_speculator.drafters import DRAFTERS
+from modeling_speculator.command_line import output_folder, parser_of, run
 from modeling_speculator.formats import save_arctic
-from modeling_speculator.loading import check_is_hub_id
+from modeling_speculator.loading import base_model_config, check_is_hub_id, speculator_config
 from modeling_speculator.model_cards.provenance_file import trusted_provenance, write_provenance
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--speculator", required=True, help="folder or Hub id")
     parser.add_argument("--revision", help="of it on the Hub")
     parser.add_argument("--to", required=True, choices=["mlp_speculator", "arctic"])
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--output", type=output_folder, required=True, help="a new folder")
     parser.add_argument("--base_model_archs", nargs="+", help="arctic: base models' classes; default: its own's")
     args = parser.parse_args()
     if args.output.is_dir() and any(args.output.iterdir()):
         parser.error(f"{args.output} is not empty: take a new folder.")
-    config = AutoConfig.from_pretrained(args.speculator, revision=args.revision)
-    if type(config) not in DRAFTERS:
-        parser.error(f"{args.speculator} is a model of type {config.model_type!r}, no speculator.")
+    config = speculator_config(args.speculator, args.revision)
     speculator = AutoModel.from_pretrained(args.speculator, revision=args.revision)
     if args.to == "mlp_speculator":
         speculator.save_pretrained(args.output)
@@ -52,8 +49,8 @@ def architectures_of_base(speculator: str, config) -> list[str]:
         raise ValueError("The speculator does not say which base model it is for: give --base_model_archs.")
     if not Path(speculator).is_dir():
         check_is_hub_id(name, speculator)
-    return AutoConfig.from_pretrained(name, revision=config.base_model_revision).architectures
+    return base_model_config(name, config.base_model_revision).architectures
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "What was written of --output is not whole: delete it.")

@@ -17,21 +17,30 @@ import matplotlib.pyplot as plt
 
 from modeling_speculator.acceptance import measure_prompts, summarize_categories
 from modeling_speculator.benchmarking import digest, machine, versions
+from modeling_speculator.command_line import (
+    GOES_ON,
+    continuing_parser,
+    count,
+    output_folder,
+    positive,
+    run,
+    temperature,
+)
 from modeling_speculator.configuration_mlp_speculator import DIALS
-from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.prompts import digest_of, fitting_prompts, prompts_of_lengths, read_prompts
 from modeling_speculator.records import RecordFile
 
 
 def main() -> None:
     args = parse_args()
+    read = read_prompts(args.prompts, None if args.prompt_length else args.limit)
     model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
-    speculator = load_drafter(args.speculator, model)
+    speculator = load_speculator(args.speculator, model)
     dials = {dial: getattr(args, dial) for dial in DIALS if getattr(args, dial) is not None}
     if "n_candidates" in dials:  # which counts where `n_tree_nodes` is not set
         dials.setdefault("n_tree_nodes", None)
     vars(speculator.config).update(dials)
-    read = read_prompts(args.prompts, None if args.prompt_length else args.limit)
     if args.prompt_length:
         read = prompts_of_lengths(read, args.prompt_length, tokenizer, args.limit)
     prompts = fitting_prompts(read, tokenizer, model, args.max_new_tokens, args.chat, args.leave_out_long)
@@ -65,27 +74,14 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder or Hub id")
-    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
-    parser.add_argument("--prompts", required=True, help="file or dataset")
-    parser.add_argument("--output", type=Path, required=True, help="folder for acceptance.json, .md, .png")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--limit", type=int, help="prompts, spread evenly; default: all")
-    parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
-    parser.add_argument("--prompt_length", type=int, nargs="+", default=[], help="tokens that prompts are cut to")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sampled, too")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
-    parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
-    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
-    parser.add_argument("--n_candidates", type=int, help="dials; default: the speculator's own")
-    parser.add_argument("--n_tree_nodes", type=int)
-    parser.add_argument("--n_heads", type=int)
-    parser.add_argument("--top_k_tokens_per_head", type=int, nargs="+")
+    parser = continuing_parser(__doc__)
+    parser.add_argument("--output", type=output_folder, required=True, help="folder for acceptance.json, .md, .png")
+    parser.add_argument("--prompt_length", type=positive, nargs="+", default=[], help="tokens that prompts are cut to")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="above 0: sampled, too")
+    parser.add_argument("--n_candidates", type=count, help="dials; default: the speculator's own")
+    parser.add_argument("--n_tree_nodes", type=positive)
+    parser.add_argument("--n_heads", type=positive)
+    parser.add_argument("--top_k_tokens_per_head", type=positive, nargs="+")
     return parser.parse_args()
 
 
@@ -145,4 +141,4 @@ def plot_lengths(report: dict, lengths: list[int], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, GOES_ON)

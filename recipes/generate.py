@@ -8,72 +8,62 @@ python recipes/generate.py --base_model X --speculator Y --chat          # an em
 
 import argparse
 import itertools
-import json
 import sys
 import time
-from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_speculator.transformers_api import CACHE  # importing it lets `generate` take a speculator
+from modeling_speculator.command_line import count, parser_of, positive, run, temperature
+from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.prompts import read_prompts
+from modeling_speculator.transformers_api import CACHE
 
 
 COLORS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"
-DIALS, MODEL_INPUTS = ("n_candidates", "n_tree_nodes", "n_heads"), ["input_ids", "attention_mask"]
+DIALS = {"n_candidates": count, "n_tree_nodes": positive, "n_heads": positive}
 
 
 def main() -> None:
     args = parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model, padding_side="left", model_input_names=MODEL_INPUTS)
+    prompts = [prompt.turns[0] for prompt in read_prompts(args.prompts)] if args.prompts else [args.prompt]
+    model, tokenizer = load_base_model(args.base_model)
+    tokenizer.padding_side, tokenizer.model_input_names = "left", ["input_ids", "attention_mask"]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # it is masked: any will do
     if args.chat and tokenizer.chat_template is None:
-        sys.exit(f"{args.base_model} has no chat template. Use --prompt.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype="auto").eval().to(device)
-    speculator = AutoModel.from_pretrained(args.speculator, dtype=model.dtype).eval().to(device)
+        raise ValueError(f"{args.base_model} has no chat template. Use --prompt.")
+    speculator = load_speculator(args.speculator, model)
     speculator.config.update({dial: value for dial in DIALS if (value := getattr(args, dial)) is not None})
     if args.chat:
         return chat(args, model, tokenizer, speculator)
-    prompts = args.prompts or [args.prompt]
     for at in range(0, len(prompts), args.batch_size):
-        batch = tokenizer(prompts[at : at + args.batch_size], return_tensors="pt", padding=True).to(device)
+        batch = tokenizer(prompts[at : at + args.batch_size], return_tensors="pt", padding=True).to(model.device)
         out = generate(args, model, tokenizer, speculator, **batch)
         if not args.stream:
             new = out.sequences[:, batch.input_ids.shape[1] :]
             print(*tokenizer.batch_decode(new, skip_special_tokens=True), sep="\n")
 
 
-def read_prompts(path: str) -> list[str]:
-    try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-        if not lines:
-            raise ValueError("it is empty")
-        return [json.loads(line)["prompt"] for line in lines] if path.endswith(".jsonl") else lines
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"no prompts in {path}: {error!r}") from error
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     for model in ("--base_model", "--speculator"):
         parser.add_argument(model, required=True, help="folder or Hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
-    what.add_argument("--prompts", type=read_prompts, help="a prompt a line, or jsonl with `prompt`")
+    what.add_argument("--prompts", help="file or dataset, see evaluate_acceptance.py; first turns")
     what.add_argument("--chat", action="store_true", help="a conversation, with the base model's chat template")
     parser.add_argument("--stream", action="store_true", help="show tokens as they come")
     parser.add_argument("--color", action="store_true", help="another colour for every step")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    for dial in DIALS:
-        parser.add_argument(f"--{dial}", type=int, help="instead of the speculator's own")
+    parser.add_argument("--batch_size", type=positive, default=1)
+    parser.add_argument("--max_new_tokens", type=positive, default=200)
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0: greedy")
+    for dial, kind in DIALS.items():
+        parser.add_argument(f"--{dial}", type=kind, help="instead of the speculator's own")
     args = parser.parse_args()
     args.stream |= args.color
-    if args.batch_size < 1 or (args.stream and args.batch_size > 1):
-        parser.error("--stream and --color show one text at a time; --batch_size is at least 1")
+    if args.stream and args.batch_size > 1:
+        parser.error("--stream and --color show one text at a time: drop --batch_size")
     return args
 
 
@@ -147,4 +137,4 @@ def chat(args, model, tokenizer, speculator) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

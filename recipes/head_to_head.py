@@ -6,14 +6,13 @@ python recipes/head_to_head.py --base_model outputs/quickstart/base_model --corp
 An hour and a half on two CPU cores with bf16 units and nothing else running. Killed and run again, it goes on.
 """
 
-import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig
-
+from modeling_speculator import command_line
+from modeling_speculator.command_line import positive
+from modeling_speculator.loading import base_model_config
 from modeling_speculator.precision import PRECISIONS, keep_precision
 
 
@@ -30,19 +29,22 @@ CACHES = [f"{form}:{method}" for form in ("static", "compiled") for method in ("
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--base_model", type=Path, required=True)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of write_corpus.py: train, held_out.jsonl")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=command_line.output_folder, required=True)
     parser.add_argument("--prompts", type=Path, help="to measure on; default: the corpus's held-out texts")
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="to train and to measure in")
-    parser.add_argument("--inner_dim", type=int, help="of the speculators; default: sweeps/stage1.yaml's")
-    parser.add_argument("--n_candidates", type=int, nargs="+", default=[0, 1, 2, 5, 8, 16, 32])
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--prompt_length", type=int, nargs="+", default=[16, 32, 64, 128, 256, 400], help="tokens")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--inner_dim", type=positive, help="of the speculators; default: sweeps/stage1.yaml's")
+    parser.add_argument("--n_candidates", type=command_line.count, nargs="+", default=[0, 1, 2, 5, 8, 16, 32])
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--prompt_length", type=positive, nargs="+", default=[16, 32, 64, 128, 256, 400], help="tokens"
+    )
+    parser.add_argument("--max_new_tokens", type=positive, default=64)
     args = parser.parse_args()
     folder, model = args.output_dir, {"base_model": args.base_model}
+    width_of_base = base_model_config(str(args.base_model)).hidden_size
 
     precision = keep_precision(folder, args.precision)
     trained = folder / "drafters"
@@ -52,8 +54,8 @@ def main() -> None:
     draft_model = folder / "draft_model"
     if not (draft_model / "trainer_state.json").is_file():  # what the training writes last
         text = {"corpus": args.corpus / "train.jsonl", "tokenizer": args.base_model, "precision": precision}
-        width = AutoConfig.from_pretrained(args.base_model).hidden_size
-        run("quickstart/train_base_model.py", **text, output_dir=draft_model, num_hidden_layers=1, hidden_size=width)
+        width = {"num_hidden_layers": 1, "hidden_size": width_of_base}
+        run("quickstart/train_base_model.py", **text, output_dir=draft_model, **width)
 
     drafters = {name: trained / variant / "stage2" for name, variant in TIMED.items()}
     model |= {"speculator": drafters.pop("speculator"), "dtype": precision}
@@ -78,9 +80,9 @@ def run(script: str, **flags) -> None:
     for key, value in flags.items():
         arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     print("\npython", f"recipes/{script}", *arguments, flush=True)
-    if subprocess.run([sys.executable, str(RECIPES / script), *arguments]).returncode:
+    if command_line.run_script(RECIPES / script, *arguments):
         sys.exit(f"recipes/{script} failed. The same command, run again, goes on from what is on disk.")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, command_line.GOES_ON)

@@ -3,7 +3,6 @@
 python recipes/plot_sweep.py outputs/sweeps/heads/results.json
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -11,14 +10,19 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from modeling_speculator.command_line import parser_of, run
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("results", type=Path)
     path = parser.parse_args().results
-    report = json.loads(path.read_text())
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results.json of sweep.py.") from error
     by_variant = {}
-    for row in report["rows"]:
+    for row in rows:
         by_variant.setdefault(row["variant"], []).append(row)
     show(by_variant)
     plot_tokens_per_step(by_variant, path.with_name(f"{path.stem}_tokens_per_step.png"))
@@ -106,4 +110,4 @@ def plot_losses(by_variant: dict[str, list[dict]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

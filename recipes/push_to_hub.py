@@ -1,6 +1,6 @@
 """A trained speculator to the Hub: its weights, card and code in one commit, and a version on that commit.
 
-python recipes/push_to_hub.py --speculator outputs/llama2-7b/stage2 --repo_id my-org/llama2-7b-speculator \\
+python recipes/push_to_hub.py --speculator outputs/llama2-7b/speculator --repo_id my-org/llama2-7b-speculator \\
     --version 1.0.0 --acceptance outputs/acceptance/acceptance.json --latency outputs/latency/latency.json
 python recipes/push_to_hub.py --repo_id my-org/llama2-7b-speculator --list
 
@@ -10,6 +10,7 @@ Log in first (`hf auth login`). Interrupted and run again, it goes on. Only --fo
 import argparse
 import sys
 
+from modeling_speculator.command_line import GOES_ON, parser_of, run
 from modeling_speculator.model_cards import list_versions, publish
 from modeling_speculator.model_cards.publishing import tag_of
 
@@ -22,8 +23,8 @@ def main() -> None:
             versions = list_versions(args.repo_id)
         else:
             done = publish(args.speculator, args.repo_id, **options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (ValueError, FileNotFoundError):  # of the command's user
+        raise
     except Exception as error:  # of the Hub, of its client, or of the network
         sys.exit(f"{type(error).__name__}: {error}\nIt did not come to its end. The same command goes on from there.")
     if args.list:
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--speculator", help="folder")
     parser.add_argument("--repo_id", required=True, help="ORG/NAME")
     parser.add_argument("--version", help="1.0.0 becomes the tag v1.0.0; default: no tag")
@@ -60,4 +61,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, GOES_ON)

@@ -9,12 +9,12 @@ Within twelve minutes on two CPU cores: what is trained is as large as the machi
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from modeling_speculator import command_line
 from modeling_speculator.precision import PRECISIONS
 
 
@@ -26,7 +26,11 @@ MINUTES = {"base_model": 3.75, "stage1": 1.0, "stage2": 2.5}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, help="outputs/quickstart, or outputs/comparison of given models")
+    parser.add_argument(
+        "--output_dir",
+        type=command_line.output_folder,
+        help="outputs/quickstart, or outputs/comparison of given models",
+    )
     parser.add_argument("--base_model", help="folder or Hub id; with --speculator, nothing is trained")
     parser.add_argument("--speculator", help="folder or Hub id of a speculator for it")
     parser.add_argument(
@@ -107,9 +111,9 @@ def run(script: str, done: Path | None = None, **flags) -> None:
     for key, value in flags.items():
         arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     print("python", f"recipes/{script}", *arguments, flush=True)
-    if subprocess.run([sys.executable, str(RECIPES / script), *arguments]).returncode:
+    if command_line.run_script(RECIPES / script, *arguments):
         sys.exit(f"recipes/{script} failed. The same command, run again, goes on from what is on disk.")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, command_line.GOES_ON)

@@ -6,20 +6,20 @@ python recipes/sweep.py --variants recipes/sweeps/heads.yaml --only "1 head" "7 
 Writes the raw figures (JSON), from which plot_sweep.py makes a table and plots.
 """
 
-import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel
 
-from modeling_speculator import benchmarking, evaluation
+from modeling_speculator import benchmarking, command_line, evaluation
+from modeling_speculator.command_line import positive, run_script
+from modeling_speculator.loading import load_base_model
 from modeling_speculator.precision import PRECISIONS, keep_precision
 from modeling_speculator.trainers import DataArguments, load_texts, pack
 from modeling_speculator.trainers.continuations import Continuations, ContinuationSampler
@@ -31,39 +31,42 @@ LAST = "trainer_state.json"  # what a training writes when it is done
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--variants", type=Path, required=True, help="YAML: steps, seeds, variants")
     parser.add_argument("--base_model", type=Path, default=Path("outputs/quickstart/base_model"))
     parser.add_argument("--corpus", type=Path, default=Path("outputs/quickstart/corpus"), help="train, held_out.jsonl")
-    parser.add_argument("--inner_dim", type=int, help="of variants that say none; default: sweeps/stage1.yaml's")
+    parser.add_argument("--inner_dim", type=positive, help="of variants that say none; default: sweeps/stage1.yaml's")
     parser.add_argument("--output_dir", type=Path, help="of the speculators; default: outputs/sweeps/NAME")
-    parser.add_argument("--results", type=Path, help="JSON file; default: results.json there. Plots lie beside it.")
+    parser.add_argument("--results", type=command_line.output_file, help="JSON file; default: results.json there")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
     parser.add_argument("--only", nargs="+", help="variants; default: all")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fast", help="of the trainings; fast: measured here"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, one thread each")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="of the trainings")
+    parser.add_argument("--jobs", type=positive, default=2, help="trainings side by side, one thread each")
     args = parser.parse_args()
     args.sweep = yaml.safe_load(args.variants.read_text())
+    if not {"steps", "seeds", "variants"} <= set(args.sweep or ()):
+        parser.error(f"{args.variants} needs `steps`, `seeds` and `variants`, as recipes/sweeps/heads.yaml has")
     args.output_dir = args.output_dir or Path("outputs/sweeps") / args.variants.stem
     args.results = args.results or args.output_dir / "results.json"
+    command_line.check_writable(args.output_dir)
     names = args.only or list(args.sweep["variants"])
     if unknown := set(names) - args.sweep["variants"].keys():
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
-
     args.precision = keep_precision(args.output_dir, args.precision)
+    texts = held_out_texts(args)
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
     train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
-    texts = held_out_texts(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        measured = (measure(folder, texts) for folder in pool.map(lambda run: train(args, *run), runs))
-        rows = [{"variant": name, "seed": seed} | row for (name, seed), row in zip(runs, measured, strict=True)]
+        trained = {run: pool.submit(train, args, *run) for run in runs}
+        try:
+            rows = [{"variant": run[0], "seed": run[1]} | measure(trained[run].result(), texts) for run in runs]
+        finally:  # where one fails, or is interrupted, those that wait are not begun
+            pool.shutdown(cancel_futures=True)
     report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
     report |= {"versions": benchmarking.versions(), "machine": benchmarking.machine()}
     args.results.write_text(json.dumps(report, indent=1) + "\n")
-    subprocess.run([sys.executable, str(RECIPES / "plot_sweep.py"), str(args.results)], check=True)
+    sys.exit(run_script(RECIPES / "plot_sweep.py", str(args.results)))
 
 
 def steps_of(args, name: str) -> list[int]:
@@ -111,19 +114,17 @@ def run(stage: int, flags: dict) -> None:
             return
     folder.mkdir(parents=True)
     made_with.write_text(json.dumps(flags))
-    command = [sys.executable, str(RECIPES / "train_speculator.py")]
-    command += ["--config", str(RECIPES / f"sweeps/stage{stage}.yaml")]
+    command = ["--config", str(RECIPES / f"sweeps/stage{stage}.yaml")]
     command += [part for key, values in flags.items() for part in (f"--{key}", *values)]
     with open(folder / "log.txt", "w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed: see {folder}/log.txt. The same sweep, run again, goes on.")
+        options = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+        if run_script(RECIPES / "train_speculator.py", *command, **options):
+            sys.exit(f"{folder} failed: see log.txt there. The same sweep, run again, goes on.")
 
 
 def held_out_texts(args) -> dict[str, Continuations]:
     """What the base model writes after held-out prompts, greedily where that does not loop, and sampled."""
-    base_model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+    base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
     texts = load_texts(DataArguments(data_files=[str(args.corpus / "held_out.jsonl")]))
     rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
     prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
@@ -150,4 +151,4 @@ def measure(folder: Path, texts: dict[str, Continuations]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, command_line.GOES_ON)

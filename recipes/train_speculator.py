@@ -10,8 +10,10 @@ import sys
 from dataclasses import asdict
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
+from modeling_speculator.command_line import FROM_CHECKPOINT, run
+from modeling_speculator.loading import base_model_config, load_tokenizer
 from modeling_speculator.model_cards.provenance_file import trusted_provenance
 from modeling_speculator.trainers import (
     DistillationTrainer,
@@ -41,7 +43,7 @@ def main() -> None:
 def train(model_args, data_args, args, run) -> None:
     set_seed(args.seed)
     base_model = load_base_model(model_args, args)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
+    tokenizer = load_tokenizer(model_args.base_model, model_args.base_model_revision)
     speculator = load_or_create_speculator(model_args, base_model)
     with args.main_process_first(desc="tokenizing"):
         train_rows, validation_rows = load_rows(data_args, tokenizer, args.stage, args.seed)
@@ -87,6 +89,7 @@ def train(model_args, data_args, args, run) -> None:
 
 def load_base_model(model_args, args):
     """The base model, or one with an adapter, in the dtype or the quantization that is asked for."""
+    base_model_config(model_args.base_model, model_args.base_model_revision)  # is there, and is one
     options = {}
     if model_args.base_model_quantization is not None:
         config = {
@@ -103,4 +106,4 @@ def load_base_model(model_args, args):
 
 
 if __name__ == "__main__":
-    main()
+    run(main, FROM_CHECKPOINT)

@@ -18,9 +18,10 @@ import torch
 
 from modeling_speculator.benchmarking import digest, machine, versions
 from modeling_speculator.checks import main_device
+from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run, timing_parser
 from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.latency import BETWEEN
-from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
 from modeling_speculator.records import RecordFile
 from modeling_speculator.tuning import MEASURED_PROMPTS, tune
@@ -33,10 +34,10 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
-    speculator = load_drafter(args.speculator, model)
-    check_context(model, max(args.prompt_length) + args.max_new_tokens)
     prompts = read_prompts(args.prompts)
+    model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
+    speculator = load_speculator(args.speculator, model)
+    check_context(model, max(args.prompt_length) + args.max_new_tokens)
     texts = [tokenizer(prompt.turns[0], verbose=False)["input_ids"] for prompt in prompts]
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", *AXES, "write")}
     settings |= {dial: getattr(speculator.config, dial) for dial in DIALS}
@@ -63,23 +64,16 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder or Hub id")
-    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
-    parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1], help="loads to look at")
-    parser.add_argument("--prompt_length", type=int, nargs="+", default=[64], help="tokens, from the middle of texts")
-    parser.add_argument("--n_prompts", type=int, default=16)
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of a CPU")
-    parser.add_argument("--dtype", default="auto", help="of both models; default: as the base model was saved")
-    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
-    parser.add_argument("--output", type=Path, required=True, help="folder for tuning.json, .png")
+    parser = timing_parser(__doc__, n_prompts=16, max_new_tokens=64, rounds=3)
+    parser.add_argument("--output", type=output_folder, required=True, help="folder for tuning.json, .png")
     parser.add_argument("--write", action="store_true", help="put what is recommended into the speculator's config")
     args = parser.parse_args()
     if args.write and (len(args.batch_size) * len(args.prompt_length) > 1 or not Path(args.speculator).is_dir()):
         parser.error("--write needs one --batch_size and --prompt_length, and a speculator in a folder of yours.")
+    if args.max_new_tokens < 2:  # of which the first is the prefill's
+        parser.error("--max_new_tokens is at least 2")
+    if args.write:
+        check_writable(Path(args.speculator))
     return args
 
 
@@ -139,4 +133,4 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, GOES_ON)

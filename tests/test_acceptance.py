@@ -156,7 +156,7 @@ def test_figures_by_hand():
     assert (figures["prompts"], figures["new_tokens"], figures["steps"], figures["drafted_tokens"]) == (3, 27, 8, 40)
     assert figures["tokens_per_step"] == 15 / 8
     assert figures["tokens_per_step_without_loops"] == 12 / 5
-    assert figures["looping"] == 1
+    assert (figures["looping"], figures["texts"]) == (1, 3)
     assert figures["accepted_per_position"] == [4 / 8, 3 / 8]
     assert figures["simulated_tokens_per_step"] == 15 / 9
     assert figures["teacher_forced_accuracy"] == [3 / 8, 1 / 4]

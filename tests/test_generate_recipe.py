@@ -1,5 +1,6 @@
 """`recipes/generate.py`, as it is run from a terminal."""
 
+import gzip
 import io
 import json
 import re
@@ -64,11 +65,15 @@ def test_streamed_and_colored_text_is_the_same(run):
 def test_files_of_prompts(run, tmp_path):
     text, jsonl = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("w3 w4 w5\n\nw9\n")
+    gzipped, turns = tmp_path / "HumanEval.jsonl.gz", tmp_path / "question.jsonl"
     jsonl.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("w3 w4 w5", "w9")))
     one_by_one = words(run("--prompts", text))
     assert len(one_by_one) == 24
     assert one_by_one[:12] == words(run("--prompt", "w3 w4 w5"))
     assert words(run("--prompts", jsonl, "--batch_size", 2)) == one_by_one
+    gzipped.write_bytes(gzip.compress(jsonl.read_bytes()))
+    turns.write_text("".join(json.dumps({"turns": [p, "w1"]}) + "\n" for p in ("w3 w4 w5", "w9")))
+    assert words(run("--prompts", gzipped)) == words(run("--prompts", turns)) == one_by_one
 
 
 def test_chat(run):
@@ -92,11 +97,14 @@ def test_what_does_not_go_together(models, run, capsys):
             run("--chat")
 
 
-def test_files_without_prompts(run, tmp_path, capsys):
+def test_files_without_prompts(run, tmp_path):
     wrong = tmp_path / "prompts.jsonl"
     wrong.write_text('{"question": "w3"}\n')
     (tmp_path / "empty.txt").touch()
-    for path in (wrong, tmp_path / "missing.txt", tmp_path / "empty.txt"):
-        with pytest.raises(SystemExit):
+    for path, complaint in (
+        (wrong, "line 1: of unknown form"),
+        (tmp_path / "missing.txt", "there is no such file"),
+        (tmp_path / "empty.txt", "holds no prompts"),
+    ):
+        with pytest.raises(SystemExit, match=f"generate.py: error: .*{path.name}.*{complaint}"):
             run("--prompts", path)
-        assert f"no prompts in {path}" in capsys.readouterr().err

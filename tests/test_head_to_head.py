@@ -1,17 +1,15 @@
 """The comparison of everything: its steps are commands that exist, on what the steps before have left."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from tiny_models import tiny_model
 
-from modeling_speculator import precision
+from modeling_speculator import command_line, precision
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -32,7 +30,7 @@ def commands(monkeypatch, tmp_path):
 def commands_in(tmp_path, monkeypatch):
     """What it runs, as argument lists."""
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(command_line, "run_script", lambda *command: ran.append(["python", *map(str, command)]))
     tiny_model("llama").save_pretrained(tmp_path / "model")
     flags = ["--base_model", str(tmp_path / "model"), "--corpus", "corpus", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["head_to_head.py", *flags, "--n_candidates", "0", "5", "--batch_size", "1", "4"])
@@ -81,7 +79,8 @@ def test_trainings_of_a_sweep_are_in_one_dtype(monkeypatch, tmp_path):
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").touch()
     monkeypatch.setattr(sweep, "run", lambda stage, flags: ran.append(flags["precision"]))
-    monkeypatch.setattr(sweep, "held_out_texts", lambda args: pytest.exit("enough"))
+    monkeypatch.setattr(sweep, "held_out_texts", lambda args: {})
+    monkeypatch.setattr(sweep, "ThreadPoolExecutor", lambda jobs: pytest.exit("enough"))
     flags = ["--variants", str(RECIPES / "sweeps/heads.yaml"), "--output_dir", str(tmp_path / "sweep")]
     flags += ["--base_model", str(tmp_path / "model"), "--corpus", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["sweep.py", *flags])

@@ -24,22 +24,32 @@ def config():
 
 def figures(tokens_per_step, **more):
     row = {"prompts": 10, "tokens_per_step": tokens_per_step, "tokens_per_step_interval": [1.9, 2.1]}
-    row |= {"tokens_per_step_without_loops": 1.875, "accepted_per_position": [0.7, 0.3]}
+    row |= {"tokens_per_step_without_loops": tokens_per_step - 0.125, "texts": 20, "looping": 3}
+    row |= {"accepted_per_position": [0.7, 0.3]}
     return row | more
 
 
 ACCEPTANCE = figures(
     2.0,
-    categories={"humaneval": figures(2.25), "qa": figures(1.5, tokens_per_step_interval=None)},
-    sampled=figures(1.25, tokens_per_step_without_loops=None)
-    | {"sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 10}},
+    categories={
+        "humaneval": figures(2.25, looping=20, tokens_per_step_without_loops=None),
+        "qa": figures(1.5, looping=0, tokens_per_step_without_loops=1.5, tokens_per_step_interval=None),
+    },
+    sampled=figures(1.25) | {"sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 10}},
     settings={"prompts": "some/HumanEval.jsonl.gz", "max_new_tokens": 128, "n_candidates": 4, "n_tree_nodes": None}
     | {"top_k_tokens_per_head": [5, 3], "chat": True, "base_model": "org/base"},
     machine=MACHINE,
     versions=VERSIONS,
 )
 CELL = {"prompt_length": 64, "new_tokens": 100, "dtype": "torch.bfloat16", "machine": {"gpu": "a GPU"} | MACHINE}
-CELL |= {"versions": VERSIONS, "outputs": 8, "identical_outputs": 8, "batch_size": 1, "base_model": "org/base"}
+CELL |= {
+    "versions": VERSIONS,
+    "outputs": 8,
+    "identical_outputs": 8,
+    "looping": 2,
+    "batch_size": 1,
+    "base_model": "org/base",
+}
 LATENCY = [
     CELL | {"method": "generate", "speedup": 1.0, "tokens_per_second": 30.2, "tokens_per_step": 1.0},
     CELL | {"method": "mtp", "skipped": "the base model has no such layers"},
@@ -103,6 +113,8 @@ def test_every_number_of_the_tables_comes_from_the_files(config):
     texts = {render_card("org/name", config, 1, STAGE_2, ACCEPTANCE, LATENCY)}
     for path, value in (
         (("acceptance", "tokens_per_step"), 9.125),
+        (("acceptance", "tokens_per_step_without_loops"), 9.375),
+        (("acceptance", "looping"), 7),
         (("acceptance", "sampled", "tokens_per_step"), 9.25),
         (("acceptance", "categories", "qa", "accepted_per_position"), [0.125, 0.5]),
         (("latency", 2, "tokens_per_second"), 77.0),
@@ -116,4 +128,23 @@ def test_every_number_of_the_tables_comes_from_the_files(config):
             place = place[key]
         place[path[-1]] = value
         texts.add(render_card("org/name", config, 1, **facts))
-    assert len(texts) == 7
+    assert len(texts) == 9
+
+
+def test_where_all_texts_loop_there_is_no_figure(config):
+    """Of one mode, and of all: then the Hub's index has none either."""
+    loop = {"looping": 20, "tokens_per_step_without_loops": None}
+    one = ACCEPTANCE | {"sampled": ACCEPTANCE["sampled"] | loop}
+    card = render_card("org/name", config, 1, acceptance=one)
+    assert "**All texts loop, sampled**" in card and "| sampled | 10 | all loop | 20 of 20 | 1.250 |" in card
+    names = [result.metric_name for result in ModelCard(card).data.eval_results]
+    assert len(names) == 2 and not any("sampled" in name for name in names)
+    card = render_card("org/name", config, 1, acceptance=one | loop | {"categories": {}})
+    assert "**All texts loop, greedy and sampled**" in card
+    assert "model-index" not in ModelCard(card).data.to_dict()
+    assert problems_of(card) == []
+
+
+def test_figures_of_an_earlier_version_do_not_say_how_many_texts_there_were(config):
+    before = {key: value for key, value in ACCEPTANCE.items() if key not in ("texts", "categories", "sampled")}
+    assert "| greedy | 10 | 1.875 | 3 | 2.000 |" in render_card("org/name", config, 1, acceptance=before)

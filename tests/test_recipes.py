@@ -1,5 +1,6 @@
 """Recipes: what a YAML and a command line may say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,37 @@ def test_accelerate_configs_are_known_to_accelerate(path):
     from accelerate.commands.config.config_args import ClusterConfig
 
     ClusterConfig.from_yaml_file(str(path))  # raises for keys that it does not know
+
+
+FROM_ELSEWHERE = {  # what commands write that no recipe trains: measurements, sweeps, what is trained in passing
+    *(
+        "acceptance",
+        "latency",
+        "tuning",
+        "quality.json",
+        "sweeps",
+        "head_to_head",
+        "arctic",
+        "converted",
+        "comparison",
+    ),
+    *("mine", "my-adapter", "gpu", "stories", "stories260K", "quickstart"),
+}
+
+
+def test_documented_folders_are_those_that_the_recipes_write():
+    written = {Path(parse_recipe(["--config", str(path)])[2].output_dir) for path in RECIPES}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("**/*.md")]
+    pages += [*(ROOT / "recipes").glob("**/*.py"), *(ROOT / "model_cards").iterdir(), ROOT / "Makefile"]
+    named = {
+        Path(name.rstrip(".,:"))
+        for page in pages
+        if page.is_file()
+        for name in re.findall(r"\boutputs/[\w./-]+", page.read_text())
+    }
+    others = {name for name in named if name.parts[1] not in FROM_ELSEWHERE}
+    assert Path("outputs/llama2-7b/speculator") in others
+    assert others <= written
 
 
 def test_there_is_a_config_for_each_way_to_distribute():

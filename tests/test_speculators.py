@@ -10,7 +10,7 @@ from tiny_models import VOCAB, tiny_model
 from trainings import rows, speculator
 from transformers import AutoModel, AutoModelForCausalLM
 
-from modeling_speculator import MLPSpeculatorPreTrainedModel
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.trainers import (
     DistillationTrainer,
     ModelArguments,
@@ -73,7 +73,25 @@ def test_what_does_not_go_together(tmp_path, llama):
     with pytest.raises(ValueError, match="drop `tie_weights` and `inner_dim`"):
         load_or_create_speculator(ModelArguments(base_model="x", tie_to_base_model=True, inner_dim=24), llama)
     (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(ValueError, match="holds no speculator.*it goes on from its last checkpoint"):
+    with pytest.raises(ValueError, match="holds no model.*Its training has not ended: start it again"):
+        load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama)
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_one_of_another_base_model_is_said_to_be_for_that_one(tmp_path, llama, is_adapter):
+    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=24, base_model_name_or_path="org/another")
+    MLPSpeculatorPreTrainedModel(config).save_pretrained(tmp_path / "whole")
+    if is_adapter:
+        model = get_peft_model(AutoModel.from_pretrained(tmp_path / "whole"), LoraConfig(target_modules=["head.0"]))
+        model.save_pretrained(tmp_path / "adapter")
+    args = ModelArguments(base_model="mine", speculator=str(tmp_path / ("adapter" if is_adapter else "whole")))
+    with pytest.raises(ValueError, match="emb_dim=24.*it was made for org/another"):
+        load_or_create_speculator(args, llama)
+
+
+def test_a_language_model_to_go_on_with(tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model of type 'llama', no speculator"):
         load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path)), llama)
 
 

@@ -61,7 +61,7 @@ def test_both_stages(folder):
 def test_a_new_speculator_and_a_given_one(folder):
     code, output = train(folder, "python", "--speculator", "somewhere", "--n_predict", "2", "--output_dir", "unused")
     assert code != 0
-    assert "ValueError: ['n_predict'] describe a new speculator" in output
+    assert "train_speculator.py: error: ['n_predict'] describe a new speculator" in output
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

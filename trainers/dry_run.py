@@ -1,22 +1,25 @@
 """What a recipe would train and need, without a download, a GPU or a step: a mistake costs seconds."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..checks import check_shapes
+from ..checks import check_positions, check_shapes
 from ..drafters import DRAFTERS
 from ..families import output_logits
+from ..loading import base_model_config, speculator_config
 from ..transformers_api import fake_tensors, storage_id
 from .alignment import TrainingBatch, align
 from .base_model import read
 from .chunked import CHUNK_ELEMENTS
+from .data import load_texts
 from .objective import Objective
 from .speculators import new_config
-from .training_args import ModelArguments, parse_recipe, split_config
+from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments, parse_recipe, split_config
 
 
 GIB = 2**30
@@ -29,23 +32,31 @@ BYTES = {"4bit": 0.5, "8bit": 1.0}  # of a quantized weight
 def dry_run(args: list[str]) -> dict:
     """Builds both models of a recipe without weights, sends a batch through them, and prints what a run would be.
 
-    `base_model` may be a folder with nothing but a config.json. Dataset and tokenizer are not opened.
+    `base_model` may be a folder with nothing but a config.json. Files of data are looked for, but not read; a dataset
+    of the Hub and the tokenizer are not opened.
 
     Args:
         args: a command line, as for `parse_recipe`.
 
     Returns:
-        What is printed: parameters, GiB per GPU by component, tokens, and an estimate of the time.
+        What is printed: parameters, GiB per GPU by component, tokens, an estimate of the time, and warnings.
 
     Raises:
-        ValueError: where models, heads and lengths don't fit together.
+        ValueError: where models, heads and lengths don't fit together, or models or files of data are not there.
     """
     model_args, data, training = parse_recipe(args)
-    config = AutoConfig.from_pretrained(model_args.base_model, revision=model_args.base_model_revision)
+    _find_data(data)
+    config = base_model_config(model_args.base_model, model_args.base_model_revision)
     auto = model_args.base_model_dtype == "auto"
     dtype = (config.dtype or torch.float32) if auto else getattr(torch, model_args.base_model_dtype)
     with fake_tensors():  # shapes, dtypes and autograd, but no data: the meta device, with autocast
         return _dry_run(model_args, data, training, config, dtype, _speculator_config(model_args, config, args))
+
+
+def _find_data(data: DataArguments) -> None:
+    """Raises a ValueError where files or folders are not there; what may be a dataset of the Hub is not looked for."""
+    if data.dataset is None or data.data_files is not None or Path(data.dataset).exists():
+        load_texts(replace(data, streaming=True))  # of which nothing is read yet
 
 
 def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_config) -> dict:
@@ -66,8 +77,10 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
         speculator.config.top_k_tokens_per_head,
     )
     saved = _saved_for_backward(speculator, base_model, objective, batch, training.bf16)
+    longest = _longest_text(data, training)
+    check_positions(base_model, longest)
 
-    gpus = training.dry_run_gpus
+    gpus, machine = _machine(training.dry_run_gpus)
     weights = _count(base_model) * BYTES.get(model_args.base_model_quantization, dtype.itemsize)
     heads = sum(head.weight.numel() for head in {*speculator.speculator.head})
     written = training.generation_batch_size or rows
@@ -86,6 +99,8 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
     with_fsdp2 = sum(memory.values()) - memory["speculator: weights, gradients, Adam"] + shared
     global_batch = rows * training.gradient_accumulation_steps * gpus
     seconds = training.gradient_accumulation_steps * _seconds(base_model, speculator, text, training.stage, weights)
+    has_steps = training.max_steps > 0  # not so many epochs
+    epochs = f"those of {training.num_train_epochs:g} epochs: set max_steps, to have time and tokens reckoned"
     report = {
         "stage": training.stage,
         "base model": f"{model_args.base_model}, {_count(base_model) / 1e9:.3f} B parameters, {dtype}".replace(
@@ -93,18 +108,52 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
         ),
         "speculator": f"{speculator.config.n_predict} heads, {_count(speculator) / 1e6:.1f} M parameters",
         "batch": f"{tuple(batch.hidden_states.shape)} context vectors, {tuple(batch.labels.shape)} labels a GPU",
-        "gpus": gpus,
+        "for": f"{gpus} x {machine}",
         "sequences a step": global_batch,
         "tokens a step": global_batch * new_tokens,
-        "steps": training.max_steps,
-        "tokens": training.max_steps * global_batch * new_tokens,
+        "steps": training.max_steps if has_steps else epochs,
+        "tokens": training.max_steps * global_batch * new_tokens if has_steps else "not known",
         "GiB a GPU": {name: round(size / GIB, 2) for name, size in memory.items()},
         "GiB a GPU in all": round(sum(memory.values()) / GIB, 1),
         "... with FSDP2": round(with_fsdp2 / GIB, 1),
-        "hours, estimated": round(training.max_steps * seconds / 3600, 1),
+        "hours, estimated": round(training.max_steps * seconds / 3600, 1) if has_steps else "not known",
+        "warnings": _warnings(base_model, speculator, longest),
     }
     _show(report)
     return report
+
+
+def _longest_text(data: DataArguments, training: SpeculatorTrainingArguments) -> int:
+    """Tokens of the longest text that the base model reads: in training, or when it is evaluated."""
+    evaluates = training.evaluation_prompts > 0 and data.validation_fraction > 0
+    if training.stage == 2:
+        return data.prompt_length + data.generation_length
+    evaluated = min(data.prompt_length, data.sequence_length) + data.generation_length
+    return max(data.sequence_length - 1, evaluated if evaluates else 0)
+
+
+def _machine(gpus: int | None) -> tuple[int, str]:
+    """How many GPUs, and of which kind: those that are here, or 8 as the published recipe had."""
+    here = torch.cuda.device_count()
+    name = torch.cuda.get_device_name() if here else "H100 (there is no GPU here)"
+    return gpus or here or 8, name
+
+
+def _warnings(base_model: PreTrainedModel, speculator: PreTrainedModel, longest: int) -> list[str]:
+    """What can be trained, but hardly on purpose."""
+    found = []
+    limit = getattr(base_model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        found.append(
+            f"Texts of {longest} tokens are longer than the {limit} that the base model was trained for: what it says "
+            "of the tokens beyond is worth little."
+        )
+    if _count(speculator) > _count(base_model):
+        found.append(
+            f"The speculator has {_count(speculator):,} parameters, the base model only {_count(base_model):,}: a "
+            "draft costs more than it saves. Lower `inner_dim`, or set `tie_weights: true`."
+        )
+    return found
 
 
 def _speculator_config(model_args: ModelArguments, base_config, args: list[str]):
@@ -114,13 +163,13 @@ def _speculator_config(model_args: ModelArguments, base_config, args: list[str])
     here = Path(model_args.speculator)
     _, path = split_config(args)
     if here.is_dir() or path is None:
-        return AutoConfig.from_pretrained(model_args.speculator)
+        return speculator_config(model_args.speculator)
     for recipe in sorted(Path(path).parent.glob("*.yaml")):
         first, _, training = parse_recipe(["--config", str(recipe), "--base_model", model_args.base_model])
         if Path(training.output_dir) == here:
             print(f"{here} is not there yet; it will be what {recipe} makes.")
             return new_config(first, base_config)
-    return AutoConfig.from_pretrained(model_args.speculator)  # of the Hub, or an error that says what it is not
+    return speculator_config(model_args.speculator)  # of the Hub, or an error that says what it is not
 
 
 def _saved_for_backward(
@@ -176,7 +225,10 @@ def _count(model: PreTrainedModel) -> int:
 
 def _show(report: dict) -> None:
     for name, value in report.items():
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            for warning in value:
+                print(f"WARNING: {warning}")
+        elif isinstance(value, dict):
             print(f"{name}:")
             for part, size in value.items():
                 print(f"  {part:38}{size:8.2f}")

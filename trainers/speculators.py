@@ -1,15 +1,16 @@
 """The speculator that a recipe asks for: a new one, one that goes on learning, or an adapter for one."""
 
 import logging
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
+from ..checks import check_shapes
 from ..configuration_mlp_speculator import MLPSpeculatorConfig
 from ..drafters import DRAFTERS, config_class_of
+from ..loading import speculator_config
 from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .provenance import revision_of
 from .training_args import ModelArguments
@@ -41,7 +42,7 @@ def load_or_create_speculator(
         ValueError: where a recipe describes a new speculator and names one to start from, or neither will do.
     """
     if args.speculator is not None:
-        speculator = _to_go_on_with(args)
+        speculator = _to_go_on_with(args, base_model)
     elif args.lora_rank is not None:
         raise ValueError("`lora_rank` adapts a speculator that is there: set `speculator` to its folder or Hub id.")
     else:
@@ -81,18 +82,13 @@ def _given(args: ModelArguments) -> dict:
     return {key: getattr(args, key) for key in _OF_A_NEW_ONE if getattr(args, key) is not None}
 
 
-def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftModel:
+def _to_go_on_with(args: ModelArguments, base_model: PreTrainedModel) -> MLPSpeculatorPreTrainedModel | PeftModel:
     if _given(args):
         raise ValueError(
             f"{sorted(_given(args))} describe a new speculator, but `speculator: {args.speculator}` starts from one "
             "that has its own. Drop them, or drop `speculator`."
         )
-    folder = Path(args.speculator)
-    if folder.is_dir() and not {"config.json", ADAPTER_CONFIG_NAME} & {path.name for path in folder.iterdir()}:
-        raise ValueError(
-            f"`speculator: {args.speculator}` holds no speculator (no config.json). If its training was interrupted, "
-            "start it again: it goes on from its last checkpoint."
-        )
+    speculator_config(args.speculator)
     if find_adapter_config_file(args.speculator) is not None:
         if args.lora_rank is not None:
             raise ValueError(
@@ -100,8 +96,10 @@ def _to_go_on_with(args: ModelArguments) -> MLPSpeculatorPreTrainedModel | PeftM
             )
         adapted = PeftConfig.from_pretrained(args.speculator).base_model_name_or_path
         speculator = AutoModel.from_pretrained(adapted, dtype=torch.float32)
+        check_shapes(base_model, speculator)
         return PeftModel.from_pretrained(speculator, args.speculator, is_trainable=True)
     speculator = AutoModel.from_pretrained(args.speculator, dtype=torch.float32)
+    check_shapes(base_model, speculator)  # while it still names the base model that it was made for
     trained_for = getattr(speculator.config, "base_model_name_or_path", None)
     if trained_for not in (None, args.base_model):
         logger.warning("%s was trained for %s; it goes on with %s.", args.speculator, trained_for, args.base_model)

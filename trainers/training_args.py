@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..loading import check_dtype
 from ..transformers_api import dict_arguments
 from .losses import DISTRIBUTION_LOSSES, LOSSES
 from .precision import base_model_dtype, settle_precision
@@ -52,6 +53,7 @@ class ModelArguments:
             raise ValueError(
                 f'`base_model_quantization` must be "4bit" or "8bit", not {self.base_model_quantization!r}.'
             )
+        check_dtype(self.base_model_dtype)
 
 
 @dataclass
@@ -87,6 +89,8 @@ class DataArguments:
         for name in lengths:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"`validation_fraction` must be from 0 to below 1, but is {self.validation_fraction}.")
 
 
 @dataclass
@@ -150,7 +154,9 @@ class SpeculatorTrainingArguments(TrainingArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Check shapes and print sizes, memory and cost; train nothing."}
     )
-    dry_run_gpus: int = field(default=8, metadata={"help": "The GPUs that a dry run reckons with."})
+    dry_run_gpus: int | None = field(
+        default=None, metadata={"help": "The GPUs that a dry run reckons with; null: those that are here, or 8 H100s."}
+    )
     learning_rate: float = 1e-3
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
@@ -179,7 +185,13 @@ class SpeculatorTrainingArguments(TrainingArguments):
                 f"`target_temperature` and `target_top_k` are for the losses {', '.join(DISTRIBUTION_LOSSES)}, but "
                 f"`loss` is {self.loss}: name one of those, or drop the target's settings."
             )
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"`max_steps` must be at least 1, or -1 for `num_train_epochs`, but is {self.max_steps}.")
         for name, low, high in (
+            ("per_device_train_batch_size", 1, math.inf),
+            ("gradient_accumulation_steps", 1, math.inf),
+            ("learning_rate", 0, math.inf),
+            ("dry_run_gpus", 1, math.inf),
             ("unrolled_share", 0, 1),
             ("hidden_state_noise", 0, math.inf),
             ("target_temperature", 1e-4, math.inf),

@@ -11,10 +11,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_speculator import SpeculationStatistics, benchmarking
+from modeling_speculator.command_line import positive, run
 from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, loops
+from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.precision import PRECISIONS, resolve_precision
 
 
@@ -23,20 +24,15 @@ ROUNDS = 3
 
 def main() -> None:
     args = parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = resolve_precision(args.precision) if args.precision else "auto"
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=dtype).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(args.base_model)
-    prompts = cut_prompts(args, tokenizer, device)
-
-    def load(name: str):
-        return AutoModel.from_pretrained(name, dtype=model.dtype).eval().to(device)
+    model, tokenizer = load_base_model(args.base_model, dtype)
+    speculator = load_speculator(args.speculator, model)
+    prompts = cut_prompts(args, tokenizer, model.device)
 
     def compare(speculator, label: str) -> list[PromptOutcome]:
         return compare_outputs(model, speculator, tqdm(prompts, desc=label), args.max_new_tokens)
 
-    speculator = load(args.speculator)
-    before = compare(load(args.stage1), "after stage 1") if args.stage1 else None
+    before = compare(load_speculator(args.stage1, model), "after stage 1") if args.stage1 else None
     outcomes = compare(speculator, "speculative")
 
     def generate_all(label: str, **options) -> int:
@@ -62,13 +58,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--held_out", type=Path, required=True, help="jsonl with `text`, to cut prompts from")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--precision", choices=PRECISIONS, help="fast is measured; default: as the model was saved")
-    parser.add_argument("--prompts", type=int, default=24, help="at most; one of each held-out file")
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens")
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=positive, default=24, help="at most; one of each held-out file")
+    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens")
+    parser.add_argument("--max_new_tokens", type=positive, default=32)
     return parser.parse_args()
 
 
-def cut_prompts(args, tokenizer, device: str) -> list[torch.Tensor]:
+def cut_prompts(args, tokenizer, device: torch.device) -> list[torch.Tensor]:
     """From the middle of each held-out file that is long enough, `prompt_length` tokens."""
     texts = [json.loads(line)["text"] for line in open(args.held_out)]
     rows = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
@@ -148,4 +144,4 @@ def plot(stages: dict[str, SpeculationStatistics], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

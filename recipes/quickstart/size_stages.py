@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_speculator.command_line import positive_number, run
 from modeling_speculator.precision import PRECISIONS
 from modeling_speculator.trainers import (
     DistillationTrainer,
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--base_model", required=True, help="folder")
     parser.add_argument("--corpus", required=True, help="jsonl with `text`")
     parser.add_argument("--output", type=Path, required=True, help="JSON: {stage: steps}")
-    parser.add_argument("--minutes", type=float, nargs=2, required=True, help="of stage 1 and stage 2")
+    parser.add_argument("--minutes", type=positive_number, nargs=2, required=True, help="of stage 1 and stage 2")
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
     args = parser.parse_args()
     steps = {}
@@ -66,4 +67,4 @@ def recipe_of(stage: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

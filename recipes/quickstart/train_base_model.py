@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from modeling_speculator.benchmarking import machine, versions
+from modeling_speculator.command_line import FROM_CHECKPOINT, positive, positive_number, run
 from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
 from modeling_speculator.precision import PRECISIONS, go_on_in
 from modeling_speculator.trainers import DataArguments, SafeTrainer, latest_checkpoint, load_texts, pack
@@ -95,13 +96,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
-    parser.add_argument("--max_steps", type=int, default=800)
-    parser.add_argument("--minutes", type=float, help="train fewer steps where those take longer on this machine")
+    parser.add_argument("--max_steps", type=positive, default=800)
+    parser.add_argument(
+        "--minutes", type=positive_number, help="train fewer steps where those take longer on this machine"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=positive_number, default=2e-3)
     # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
-    parser.add_argument("--num_hidden_layers", type=int, default=10)
-    parser.add_argument("--hidden_size", type=int, default=192)
+    parser.add_argument("--num_hidden_layers", type=positive, default=10)
+    parser.add_argument("--hidden_size", type=positive, default=192)
     return parser.parse_args()
 
 
@@ -132,4 +135,4 @@ def train_tokenizer(corpus: Path, vocab_size: int = 2048) -> PreTrainedTokenizer
 
 
 if __name__ == "__main__":
-    main()
+    run(main, FROM_CHECKPOINT)

@@ -9,6 +9,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+from modeling_speculator.command_line import run
 from modeling_speculator.text_files import rows_of
 
 
@@ -57,4 +58,4 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,0 +1,207 @@
+"""What every command does alike: a mistake is one line, Ctrl-C says what is kept, and numbers and folders are checked.
+
+No torch here, nor transformers: this is about words on a command line.
+"""
+
+import argparse
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import yaml
+
+
+INTERRUPTED = 130  # a shell's exit status of what Ctrl-C ended
+# What a command keeps when it is interrupted.
+GOES_ON = "What is done is kept: the same command goes on from there."
+FROM_CHECKPOINT = "The same command goes on from the last checkpoint, if one was saved."
+NOTHING_KEPT = "Nothing was kept."
+
+PROBE = 2**20  # bytes; the plots and figures of a measurement are fewer
+
+
+def run(main: Callable[[], None], kept: str = NOTHING_KEPT) -> None:
+    """Runs a command: what its user got wrong becomes one line on stderr, and so does Ctrl-C.
+
+    The user's are a ValueError, by which everything here says that something was asked for which can't be, an OSError
+    (a missing file, a full disk, a Hub that can't be reached), and a YAML file that is none. Anything else is a bug,
+    and keeps its traceback; `python -X dev recipes/...` keeps them all.
+
+    Args:
+        kept: what is left of the work, and what to do next, where Ctrl-C ends it.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt these lines
+        print(f"\n{program()}: interrupted. {kept}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{program()}: error: {in_one_line(error)}")
+
+
+def program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception says; of one that the system raised, which file it is about, too."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_script(script: Path, *arguments: str, **options) -> int:
+    """Runs another script in a process of its own, and returns its exit status.
+
+    Ctrl-C reaches both processes. The other one says its line first: it is waited for, and not killed, as
+    `subprocess.run` would.
+
+    Args:
+        options: of `subprocess.Popen`.
+
+    Raises:
+        KeyboardInterrupt: if either was interrupted.
+    """
+    with subprocess.Popen([sys.executable, str(script), *arguments], **options) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # perhaps only this process got it
+                process.wait()
+            raise
+    if status in (INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return status
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of a script."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def measuring_parser(doc: str, needs_speculator: bool = True) -> argparse.ArgumentParser:
+    """`parser_of` with what every measurement is told: the models, how they are loaded, and the prompts."""
+    parser = parser_of(doc)
+    parser.add_argument("--base_model", required=True, help="folder or Hub id")
+    parser.add_argument("--speculator", required=needs_speculator, help="folder or Hub id of a speculator for it")
+    parser.add_argument("--prompts", required=True, help="file or dataset, see evaluate_acceptance.py")
+    parser.add_argument("--dtype", default="auto", help="of all models; default: as the base model was saved")
+    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
+    return parser
+
+
+def continuing_parser(doc: str) -> argparse.ArgumentParser:
+    """`measuring_parser` of a command that continues every prompt, and how it does."""
+    parser = measuring_parser(doc)
+    parser.add_argument("--limit", type=positive, help="prompts, spread evenly; default: all")
+    parser.add_argument("--leave_out_long", action="store_true", help="prompts that the context has no room for")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the base model's chat template")
+    parser.add_argument("--max_new_tokens", type=positive, default=128)
+    parser.add_argument("--batch_size", type=positive, default=16)
+    parser.add_argument("--top_p", type=top_p, default=1.0)
+    parser.add_argument("--top_k", type=count, default=0, help="0: all tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def timing_parser(
+    doc: str, n_prompts: int, max_new_tokens: int, rounds: int, needs_speculator: bool = True
+) -> argparse.ArgumentParser:
+    """`measuring_parser` of a command that takes times at several loads; the numbers are defaults."""
+    parser = measuring_parser(doc, needs_speculator)
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="loads to look at")
+    parser.add_argument(
+        "--prompt_length", type=positive, nargs="+", default=[64], help="tokens, from the middle of texts"
+    )
+    parser.add_argument("--n_prompts", type=positive, default=n_prompts, help="of each load")
+    parser.add_argument("--max_new_tokens", type=positive, default=max_new_tokens)
+    parser.add_argument("--rounds", type=positive, default=rounds)
+    parser.add_argument("--threads", type=positive, help="of a CPU")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number from 0 on."""
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_number(text: str) -> float:
+    """An argparse type, as of a learning rate."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def temperature(text: str) -> float:
+    """An argparse type: 0 is greedy."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def top_p(text: str) -> float:
+    """An argparse type: a share of the probability."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and of at most 1")
+
+
+def _number(text: str, kind: type, is_right: Callable, expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_right(value):
+        raise argparse.ArgumentTypeError(f"{expected} is expected, not {text!r}")
+    return value
+
+
+def named_folder(text: str) -> str:
+    """An argparse type: NAME=DIR, as it is."""
+    if not all(text.partition("=")):
+        raise argparse.ArgumentTypeError(f"NAME=DIR is expected, not {text!r}")
+    return text
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that can be written to, or be made; it is not made yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"a folder is expected, but {path} is a file")
+    return _checked(path, path)
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written; its folder is made, where it is not there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"a file is expected, but {path} is a folder")
+    _checked(path, path.parent).parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _checked(path: Path, folder: Path) -> Path:
+    try:
+        check_writable(folder)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises a ValueError where a folder, there or yet to be made, can't be written to, or its disk has no room."""
+    try:
+        here = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with TemporaryFile(dir=here) as probe:  # the one way to know, whatever the system, its users and quotas are
+            probe.write(bytes(PROBE))
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {folder}: {error.strerror}. Take another folder.") from error
