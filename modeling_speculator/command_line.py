@@ -36,9 +36,9 @@ def run(main: Callable[[], None], kept: str = NOTHING_KEPT) -> None:
     """
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # a trainer says which checkpoint it leaves
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt these lines
-        print(f"\n{program()}: interrupted. {kept}", file=sys.stderr)
+        print(f"\n{program()}: interrupted. {str(interrupt) or kept}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, yaml.YAMLError) as error:
         if sys.flags.dev_mode:
