@@ -10,6 +10,7 @@ from . import contents
 from .launch import in_main_process
 from .provenance import defaults
 from .run_record import Settings
+from .speculators import check_new_or_given
 from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments
 
 
@@ -44,7 +45,12 @@ def training_settings(args: TrainingArguments, **more) -> Settings:
 
 
 def recipe_settings(model: ModelArguments, data: DataArguments, args: SpeculatorTrainingArguments) -> Settings:
-    """Those of a recipe; models and data count by what they hold, not by where they lie."""
+    """Those of a recipe; models and data count by what they hold, not by where they lie.
+
+    Raises:
+        ValueError: where the recipe contradicts itself; before anything is read.
+    """
+    check_new_or_given(model)
     known = {key: value for part in (model, data) for key, value in dataclasses.asdict(part).items()}
     known = {key: value for key, value in known.items() if key not in _IN_CONTENTS | _UNUSED[args.stage]}
     known["generated_dataset"] = data.generated_dataset is not None  # whose rows come in an order of their own

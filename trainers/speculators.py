@@ -41,6 +41,7 @@ def load_or_create_speculator(
     Raises:
         ValueError: where a recipe describes a new speculator and names one to start from, or neither will do.
     """
+    check_new_or_given(args)
     if args.speculator is not None:
         speculator = _to_go_on_with(args, base_model)
     elif args.lora_rank is not None:
@@ -78,16 +79,20 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
     )
 
 
+def check_new_or_given(args: ModelArguments) -> None:
+    """Raises a ValueError where a recipe describes a new speculator and names one to start from."""
+    if args.speculator is not None and _given(args):
+        raise ValueError(
+            f"{sorted(_given(args))} describe a new speculator, but `speculator: {args.speculator}` starts from one "
+            "that has its own. Drop them, or drop `speculator`."
+        )
+
+
 def _given(args: ModelArguments) -> dict:
     return {key: getattr(args, key) for key in _OF_A_NEW_ONE if getattr(args, key) is not None}
 
 
 def _to_go_on_with(args: ModelArguments, base_model: PreTrainedModel) -> MLPSpeculatorPreTrainedModel | PeftModel:
-    if _given(args):
-        raise ValueError(
-            f"{sorted(_given(args))} describe a new speculator, but `speculator: {args.speculator}` starts from one "
-            "that has its own. Drop them, or drop `speculator`."
-        )
     speculator_config(args.speculator)
     if find_adapter_config_file(args.speculator) is not None:
         if args.lora_rank is not None:
