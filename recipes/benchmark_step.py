@@ -1,6 +1,6 @@
 """How fast the decoding loop is, against what users would run instead, and where the time of a step goes.
 
-python recipes/benchmark_step.py                                        # a random Llama of 36 M parameters, bf16
+python recipes/benchmark_step.py                                        # a random Llama of 36 M parameters
 python recipes/benchmark_step.py --base_model DIR --speculator DIR --prompt "Once upon a time" --compile
 
 Every row continues the same prompt; the runs alternate. A random speculator is never right: its rows show what
@@ -22,6 +22,7 @@ from modeling_speculator.command_line import output_file, parser_of, positive, r
 from modeling_speculator.decoding import max_nodes
 from modeling_speculator.evaluation import generate_greedily
 from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.precision import fast_dtype
 from modeling_speculator.transformers_api import compile_on_any_device
 
 
@@ -126,7 +127,7 @@ def load_models(args) -> tuple:
     else:
         sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536}
         config = LlamaConfig(**sizes, num_hidden_layers=8, num_attention_heads=8, eos_token_id=None)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=fast_dtype())
         prompt = torch.randint(config.vocab_size, (1, 64))
         model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if args.speculator:

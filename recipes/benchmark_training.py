@@ -3,8 +3,8 @@
 python recipes/benchmark_training.py
 python recipes/benchmark_training.py --target llama2-7b --device cuda --output recipes/results/training_gpu.json
 
-Base models of the given shapes with random weights, in bf16; the batches are those of the published recipe on a GPU,
-small ones on a CPU. A step is the trainer's own, data and optimizer included.
+Base models of the given shapes with random weights, in the dtype that is fast here; the batches are those of the
+published recipe on a GPU, small ones on a CPU. A step is the trainer's own, data and optimizer included.
 """
 
 import json
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.benchmarking import machine, speedup, synchronize, time_in_turn, versions
 from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.precision import fast_dtype
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer, SpeculatorTrainingArguments
 
 
@@ -65,14 +66,16 @@ def main() -> None:
 def build(args, folder: str, trainer_class, rows: int, length: int, **options):
     """A trainer of random models of the target's shape."""
     config, n_predict, inner_dim, *_ = TARGETS[args.target]
+    dtype = fast_dtype(args.device)
     with torch.device(args.device):
-        base_model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        base_model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     base_model.generation_config.eos_token_id = None
     shape = {"vocab_size": config.vocab_size, "emb_dim": config.hidden_size, "inner_dim": inner_dim}
     speculator = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(**shape, n_predict=n_predict))
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 4}
     sizes = {"max_steps": args.steps, "per_device_train_batch_size": rows}
-    training_args = SpeculatorTrainingArguments(folder, bf16=True, use_cpu=args.device == "cpu", **sizes, **quiet)
+    sizes |= {"bf16": dtype == torch.bfloat16, "use_cpu": args.device == "cpu"}
+    training_args = SpeculatorTrainingArguments(folder, **sizes, **quiet)
     tokens = torch.randint(config.vocab_size, (rows * args.steps, length))
     data = datasets.Dataset.from_dict({"input_ids": tokens.numpy()}).with_format("torch")
     clock = Clock()

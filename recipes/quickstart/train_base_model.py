@@ -27,7 +27,17 @@ from modeling_speculator.benchmarking import machine, versions
 from modeling_speculator.command_line import FROM_CHECKPOINT, positive, positive_number, run
 from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
 from modeling_speculator.precision import PRECISIONS, go_on_in
-from modeling_speculator.trainers import DataArguments, SafeTrainer, latest_checkpoint, load_texts, pack
+from modeling_speculator.trainers import (
+    DataArguments,
+    SafeTrainer,
+    hold,
+    latest_checkpoint,
+    load_texts,
+    open_run,
+    pack,
+    training_settings,
+)
+from modeling_speculator.trainers.contents import of_files, of_model
 from modeling_speculator.trainers.pace import TimedSaves, seconds_per_step, spoken, steps_within
 
 
@@ -37,6 +47,11 @@ SEQUENCE_LENGTH = 256
 
 def main() -> None:
     args = parse_args()
+    with hold(args.output_dir):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
     begun = read_provenance(args.output_dir) if args.output_dir.is_dir() else None  # perhaps on another machine
     precision = go_on_in(begun["precision"] if begun else None, args.precision)
     set_seed(0)
@@ -84,6 +99,12 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_provenance(args.output_dir, facts)
     training = trainer(model, args.output_dir, max_steps)
+    sizes = {"num_hidden_layers": args.num_hidden_layers, "hidden_size": args.hidden_size}
+    made_of = sizes | {
+        "corpus": of_files([str(args.corpus)]),
+        "tokenizer": args.tokenizer and of_model(args.tokenizer),
+    }
+    training.run = open_run(args.output_dir, training_settings(training.args, **made_of))
     training.add_callback(TimedSaves(minutes=0.5))
     training.train(resume_from_checkpoint=True)
     training.save_model()
