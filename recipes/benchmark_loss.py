@@ -77,7 +77,7 @@ WAYS = {"whole": whole, "chunked": chunked, "torch's linear_cross_entropy": nati
 
 
 def measure(way: str, positions: int, args) -> dict:
-    """MiB above weights and inputs, seconds of the second run, and the loss; by autocast to bf16 where that is fast."""
+    """MiB above weights and inputs, seconds of the second run, and the loss; autocast to bf16 where that is fast."""
     is_fast_in_halves = fast_dtype(args.device) == torch.bfloat16
     torch.manual_seed(0)
     with torch.device(args.device):
