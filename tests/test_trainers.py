@@ -119,8 +119,8 @@ def test_bad_input(tmp_path, llama):
     args = arguments(tmp_path)
     with pytest.raises(ValueError, match="too short for 3 heads"):
         SpeculatorTrainer(speculator(), llama, args).batch({"input_ids": torch.zeros(2, 4, dtype=torch.long)})
-    other = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB + 1, emb_dim=32))
-    with pytest.raises(ValueError, match=f"`vocab_size={VOCAB + 1}`.*`vocab_size={VOCAB}`"):
+    other = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB + 1025, emb_dim=32))
+    with pytest.raises(ValueError, match=f"`vocab_size={VOCAB + 1025}`.*`vocab_size={VOCAB}`"):
         SpeculatorTrainer(other, llama, args)
     with pytest.raises(ValueError, match="149 tokens.*128 positions.*sequence_length"):
         trainer = SpeculatorTrainer(speculator(), tiny_model("gpt2"), args)
