@@ -474,8 +474,8 @@ def test_the_commands(hub, base, repo, tmp_path):
     assert run(*push).stdout.splitlines()[-1].startswith("Nothing new to send")
     listed = run(sys.executable, RECIPE, "--repo_id", repo, "--list")
     assert listed.stdout.split() == ["v1.0.0", hub.repositories[repo].tags["v1.0.0"]]
-    hf = shutil.which("hf", path=str(Path(sys.executable).parent)) or shutil.which("hf")
-    downloaded = run(hf, "download", repo, "--revision", "v1.0.0", "--local-dir", tmp_path / "there")
+    hf = (sys.executable, "-m", "huggingface_hub.cli.hf")
+    downloaded = run(*hf, "download", repo, "--revision", "v1.0.0", "--local-dir", tmp_path / "there")
     assert downloaded.returncode == 0, downloaded.stderr
     for name in ("model.safetensors", "README.md", "custom_generate/generate.py"):
         assert (tmp_path / "there" / name).read_bytes() == hub.files(repo, "v1.0.0")[name]

@@ -189,7 +189,7 @@ def log(caplog):
 
 def test_more_settings_than_may_be_compiled(llama, speculator, monkeypatch, log):
     """Are run uncompiled, and that is said."""
-    monkeypatch.setattr(static_decoding, "_LIMITS", {"recompile_limit": 2})
+    monkeypatch.setattr(static_decoding, "_LIMITS", (2, 4096))
     for step in range(4):
         assert_same_text(llama, speculator, prompts(), do_sample=True, temperature=0.5 + step / 10)
     assert "can't be compiled" in log.text

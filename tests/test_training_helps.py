@@ -32,7 +32,7 @@ def train(shared, tmp_path):
     def train_(speculator, stage: int, steps: int, learning_rate: float = 5e-3) -> float:
         args = SpeculatorTrainingArguments(
             output_dir=str(tmp_path),
-            max_steps=steps,
+            max_steps=max(1, steps),
             per_device_train_batch_size=16 if stage == 1 else 32,
             learning_rate=learning_rate,
             warmup_steps=10,

@@ -74,8 +74,8 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
     run("train_speculator.py", **distil, hub_version="1.0.0")  # finished before: the same again, and nothing sent
     assert repository.tags == version and len(repository.commits) == commits
     for option, complaint in (
-        ({"hub_version": "1.0.0"}, "ValueError: org/trained has a version v1.0.0 already"),
-        ({"hub_private_repo": "true"}, "ValueError: org/trained is public already"),
+        ({"hub_version": "1.0.0"}, "error: org/trained has a version v1.0.0 already"),
+        ({"hub_private_repo": "true"}, "error: org/trained is public already"),
     ):
         log = run("train_speculator.py", returncode=1, **train | new | option, output_dir=tmp_path / "again")
         assert complaint in log and not (tmp_path / "again").exists()

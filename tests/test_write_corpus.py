@@ -45,7 +45,7 @@ def test_texts_are_split(tmp_path, write_corpus):
 )
 def test_texts_that_are_bad_are_named(tmp_path, write_corpus, content, message):
     (tmp_path / "texts.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=message):
         write_corpus("--texts", tmp_path / "texts.jsonl")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import datasets
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from ..loading import config_of
+from ..named_datasets import in_one_line
 from ..text_files import suffix_of
 from .provenance import commit_in
 from .texts import matching_files
@@ -41,7 +43,8 @@ def of_dataset(name: str, config: str | None = None, revision: str | None = None
     """What a folder or a Hub id holds, as `datasets.load_dataset` takes them."""
     folder = Path(name)
     if not folder.exists():  # offline, what is in the cache
-        return f"commit:{datasets.load_dataset_builder(name, config, revision=revision).hash}"
+        with in_one_line(name):
+            return f"commit:{datasets.load_dataset_builder(name, config, revision=revision).hash}"
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else [folder]
     names = {str(path.relative_to(folder)): path for path in files}
     return _hash({name: path for name, path in names.items() if not _is_no_data(Path(name))}, name)
@@ -68,6 +71,7 @@ def _of_model_folder(folder: Path) -> str:
 
 def _commit_of_model(name: str, revision: str | None) -> str | None:
     """The commit that would be loaded now; offline, that of the cache."""
+    config_of(name, revision)  # which says in one sentence if there is no such model
     adapter = find_adapter_config_file(name, revision=revision)
     return commit_in(adapter or cached_file(name, CONFIG_NAME, revision=revision))
 
