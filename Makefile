@@ -35,15 +35,23 @@ quickstart: install
 # suite on that one.
 test: test-all $(if $(TRANSFORMERS),,test-oldest)
 
-test-all: install
-	$(BIN)/python -m pytest
+# Two workers with a thread each: tiny models are fast so.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-ON_EVERY_RELEASE := transformers_api loading theorems sampling conversation static alignment trainers packaging
+test-all: install
+	$(PYTEST)
+
+# Loading, greedy and sampled text, batches, static and compiled, caches in and out, training, push and load.
+ON_EVERY_RELEASE := transformers_api.py doctor.py loading.py theorems.py sampling.py conversation.py inputs.py \
+	static.py::test_oracle static.py::test_options static.py::test_compiled_to_machine_code trainers.py \
+	train_speculator.py::test_both_stages hub.py::test_two_versions hub.py::test_both_models_by_one_name \
+	hub.py::test_without_the_package readme.py::test_the_code_on_generation
+
 test-oldest:
-	$(MAKE) TRANSFORMERS=$(OLDEST) TESTS="$(ON_EVERY_RELEASE:%=tests/test_%.py)" test-some
+	$(MAKE) TRANSFORMERS=$(OLDEST) test-some
 
 test-some: install
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(ON_EVERY_RELEASE:%=tests/test_%)
 
 lint: install
 	$(BIN)/python -m ruff check .
