@@ -224,16 +224,33 @@ def test_other_parameters_are_told_at_the_first_call(llama, anew, calls, monkeyp
     assert not calls
 
 
-def test_a_newer_release_is_warned_of_once(llama, anew, monkeypatch):
+@pytest.mark.parametrize(
+    "release, is_tested",
+    [
+        ("5.16.4", False),
+        ("5.17.0", True),
+        ("5.20.2", True),
+        ("5.24.1", True),
+        ("5.25.0.dev0", False),
+        ("6.0.0", False),
+    ],
+)
+def test_which_releases_were_tested(release, is_tested, monkeypatch):
+    monkeypatch.setattr(transformers_api.transformers, "__version__", release)
+    assert transformers_api.is_tested() == is_tested
+
+
+def test_a_release_that_was_not_tested_is_warned_of_once(llama, anew, monkeypatch):
     warnings = []
     monkeypatch.setattr(transformers_api.logger, "warning", warnings.append)
-    monkeypatch.setattr(transformers_api.transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(transformers_api, "is_tested", lambda: False)
     plain = llama.generate(**prompts(1), max_new_tokens=4, do_sample=False)
     assert not warnings  # plain `generate` is not touched
     assert speculate(llama).tolist() == plain.tolist()
     speculate(llama)
     (warning,) = warnings
-    assert "5.99.0" in warning and "was not tested" in warning and f"<{NEWEST.split('.')[0]}." in warning
+    assert transformers_api.transformers.__version__ in warning and "was not tested" in warning
+    assert f"pip install 'transformers>={OLDEST},<" in warning
 
 
 def test_a_trainer_asks_for_what_it_needs(anew, make_trainer, llama, tmp_path, monkeypatch):
