@@ -71,7 +71,7 @@ def test_files_of_prompts(run, tmp_path):
     assert len(one_by_one) == 24
     assert one_by_one[:12] == words(run("--prompt", "w3 w4 w5"))
     assert words(run("--prompts", jsonl, "--batch_size", 2)) == one_by_one
-    gzipped.write_bytes(gzip.compress(jsonl.read_bytes()))
+    gzipped.write_bytes(gzip.compress(jsonl.read_bytes(), mtime=0))
     turns.write_text("".join(json.dumps({"turns": [p, "w1"]}) + "\n" for p in ("w3 w4 w5", "w9")))
     assert words(run("--prompts", gzipped)) == words(run("--prompts", turns)) == one_by_one
 

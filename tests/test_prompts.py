@@ -103,7 +103,7 @@ def test_what_is_wrong(tmp_path, name, text, message):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.gz"])
 def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path, name):
     content = b"\xef\xbb\xbf" + (b"say\xc3\xa9\r\n" if ".txt" in name else '{"prompt": "sayé"}\n'.encode())
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     assert [prompt.turns for prompt in read_prompts(str(tmp_path / name))] == [("sayé",)]
 
 

@@ -14,7 +14,7 @@ def write(request, tmp_path):
 
     def write_(name: str, content: bytes) -> str:
         path = tmp_path / f"{name}{request.param}"
-        path.write_bytes(gzip.compress(content) if request.param else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if request.param else content)
         return str(path)
 
     return write_

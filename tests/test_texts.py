@@ -28,7 +28,7 @@ def save(path, *documents):
         return
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     content = documents[0] if kind in ("txt", "py") else lines
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    path.write_bytes(gzip.compress(content.encode(), mtime=0) if path.suffix == ".gz" else content.encode())
 
 
 SUFFIXES = ["txt", "txt.gz", "py", "jsonl", "jsonl.gz", "json", "parquet"]
@@ -104,7 +104,7 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path, load):
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "jsonl.gz"])
 def test_files_that_hold_nothing(tmp_path, load, caplog, suffix):
     empty = tmp_path / f"a.{suffix}"
-    empty.write_bytes(gzip.compress(b"") if suffix.endswith("gz") else b"")
+    empty.write_bytes(gzip.compress(b"", mtime=0) if suffix.endswith("gz") else b"")
     with pytest.raises(ValueError, match=f"a.{suffix}: holds nothing to train on"):
         load(data_files=[str(empty)])
     save(tmp_path / f"b.{suffix}", "text")
@@ -122,10 +122,10 @@ def test_files_that_hold_nothing(tmp_path, load, caplog, suffix):
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "a.jsonl, line 2: its byte 14, 0xe9, is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b', "a.jsonl, line 2: not JSON"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "a.jsonl.gz: can't be unzipped"),
-        ("a.txt.gz", gzip.compress(b"a text that is cut off")[:-12], "a.txt.gz: can't be unzipped"),
+        ("a.txt.gz", gzip.compress(b"a text that is cut off", mtime=0)[:-12], "a.txt.gz: can't be unzipped"),
         ("a.parquet", b"no parquet, but long enough", "a.parquet: Parquet magic bytes not found"),
         ("a.docx", b"", r"must be of one kind, of \['.json', .*a.docx"),
-        ("a.parquet.gz", gzip.compress(b"a"), "a.parquet.gz: Parquet magic bytes not found"),
+        ("a.parquet.gz", gzip.compress(b"a", mtime=0), "a.parquet.gz: Parquet magic bytes not found"),
     ],
 )
 def test_files_that_are_broken(tmp_path, load, name, content, message):
@@ -142,7 +142,7 @@ def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path, load):
             save(path, name)
             content = gzip.decompress(path.read_bytes()) if suffix.endswith("gz") else path.read_bytes()
             content = b"\xef\xbb\xbf" + content
-            path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+            path.write_bytes(gzip.compress(content, mtime=0) if suffix.endswith("gz") else content)
         assert load(data_files=[str(tmp_path / f"*.{suffix}")]) == ["a", "b"]
 
 
