@@ -108,7 +108,7 @@ def test_text_of_a_multimodal_model():
     model.generation_config.pad_token_id = 0
     assert_same_text(model)
     image = torch.zeros(1, 3, vision.image_size, vision.image_size)
-    with pytest.raises(ValueError, match="mm_encoder_outputs"):
+    with pytest.raises(ValueError, match="mm_encoder_outputs|pixel_values"):
         model.generate(input_ids=prompt(), pixel_values=image, **OPTIONS, assistant_model=Oracle(model, prompt()))
 
 
