@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# The releases that the whole test suite ran on, first and last; pyproject.toml names the same.
+# The first and the last of the releases that are supported; pyproject.toml names the same.
 OLDEST, NEWEST = "5.17", "5.24"
 
 # The cache as an argument of forward and `generate`, and as a field of outputs: `cache` since 5.24, `past_key_values`
