@@ -43,7 +43,7 @@ class Expected:
         serves: what can't be done without it: "generate", "compile", "measure" or "train".
         takes: of a function, the parameters that are passed to it, or that its override here takes; None of others.
         stored_by: of an attribute of instances, the function that stores it there.
-        since: the release that it came with; `OLDEST` where that is no later.
+        since: the first of the checked releases that has it.
     """
 
     name: str
@@ -210,7 +210,7 @@ def passed_cache(model_kwargs: dict):
 
 
 def empty_cache(past) -> None:
-    """Takes all tokens out of a cache. Before 5.20 `reset` leaves layers that grow as long as they are, full of 0."""
+    """Takes all tokens out of a cache. In 5.17 `reset` leaves layers that grow as long as they are, full of 0."""
     past.reset()
     for layer in past.layers:
         if isinstance(layer, DynamicLayer):
