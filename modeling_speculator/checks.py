@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
-from transformers.generation import GenerationMode, MaxLengthCriteria
+from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .attention import uses_sdpa
@@ -19,7 +19,7 @@ from .families import (
     SUPPORTED_MODEL_TYPES,
     attention_windows,
 )
-from .tokenwise import check_tokenwise, scaled_together
+from .tokenwise import check_tokenwise
 from .transformers_api import CACHE, attn_implementation, execution_device, is_checkpointing, is_stateful
 from .vocabularies import MOST_DIFFERENT_IDS
 
@@ -193,7 +193,6 @@ def check_request(model, request) -> None:
             '`speculation="adaptive"` goes by a clock, but with tensor parallelism all processes must do the same. '
             "Set `speculator.config.n_candidates` yourself."
         )
-    check_rows_apart(model, request)
     batch, given = request.input_ids.shape
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     cache = request.past
@@ -220,16 +219,6 @@ def check_request(model, request) -> None:
     if position_ids is not None and position_ids.ndim != 2:
         raise ValueError(f"`position_ids` must have the shape (batch, length), but have {tuple(position_ids.shape)}.")
     check_positions(model, int(request.last_positions.max()) + request.budget)  # the last token is never run
-
-
-def check_rows_apart(model, request) -> None:
-    """Raises a ValueError where a row that has ended, and runs on otherwise than in `generate`, changes the others."""
-    may_end_apart = any(type(criterion) is not MaxLengthCriteria for criterion in request.stopping_criteria)
-    if len(request.input_ids) > 1 and may_end_apart and scaled_together(model) is not None:
-        raise ValueError(
-            f"{type(model).__name__} quantizes activations with one scale for all rows of a batch, those that have "
-            "ended among them. Pass the rows one by one, or without an end token."
-        )
 
 
 def check_cache(cache: Cache, request) -> None:

@@ -5,6 +5,7 @@ No torch here, nor transformers: this is about words on a command line.
 
 import argparse
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -203,5 +204,7 @@ def check_writable(folder: Path) -> None:
         here = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with TemporaryFile(dir=here) as probe:  # the one way to know, whatever the system, its users and quotas are
             probe.write(bytes(PROBE))
+            probe.flush()
+            os.fsync(probe.fileno())  # else a full disk may not show
     except OSError as error:
         raise ValueError(f"nothing can be written to {folder}: {error.strerror}. Take another folder.") from error

@@ -233,7 +233,7 @@ class SpeculativeDecoder:
         if self.request.returns("hidden_states"):
             nodes = self.verified.nodes  # (batch, depth + 1)
             self.hidden_states.append(tuple(_at_nodes(layer, nodes) for layer in outputs.hidden_states))
-        self.cache.keep(self.verified.nodes, self.verified.n_tokens, root_column)
+        self.cache.keep(self.verified.nodes, self.n_kept, root_column)
 
     def emit(self, tree: CandidateTree, logits: torch.Tensor, context_vectors: torch.Tensor) -> None:
         """Accepts a path, writes its tokens, and moves the root to the last of them."""
@@ -248,17 +248,21 @@ class SpeculativeDecoder:
         else:
             verified, unfinished = self.walk.accept(logits, tree)
             budget = torch.where(unfinished, self.budget - verified.n_tokens, 0)
-        n_tokens = verified.n_tokens[:, None]
-        tokens, nodes = verified.tokens, verified.nodes
-        if tree.max_depth > 0:
-            last = (n_tokens - 1).clamp(min=0)  # 0 tokens: the row has ended, and what it drafts is not used
+        tokens, nodes, n_tokens = verified
+        if self.max_nodes == 1:
+            # As in `generate`: a row that has ended goes on with padding, until all have.
+            tokens = tokens.masked_fill(n_tokens[:, None] == 0, self.request.pad_token_id)
+            self.sequences.scatter_(1, self.lengths, tokens)
+            n_tokens = n_tokens.amax().expand_as(n_tokens)
+        elif tree.max_depth > 0:
+            last = (n_tokens[:, None] - 1).clamp(min=0)  # 0 tokens: the row has ended, and its draft is not used
             tokens, nodes = tokens.gather(1, last), nodes.gather(1, last)
-        self.lengths.add_(n_tokens)
+        self.lengths.add_(n_tokens[:, None])
         self.budget.copy_(budget)
         self.root.copy_(tokens)
         if self.max_nodes > 1:
             self.context_vector.copy_(_at_nodes(context_vectors, nodes))
-        self.verified = verified
+        self.verified, self.n_kept = verified, n_tokens
 
     def report(self, tree: CandidateTree) -> torch.Tensor:
         """All that the host wants to know of a step, as one tensor: what was emitted, and the size of a tree."""

@@ -21,6 +21,7 @@ from .decoding import max_nodes
 from .drafters import dials_of, turned
 from .evaluation import accepted_drafts, simulate_emissions
 from .latency import BETWEEN
+from .vocabularies import beside
 
 
 TREE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -50,7 +51,7 @@ class Texts:
 
     @torch.no_grad()
     def __init__(self, model, prompts: torch.Tensor, new_tokens: int, batch_size: int = 16):
-        self.prompts, self.new_tokens, length = prompts, new_tokens, prompts.shape[1]
+        self.model, self.prompts, self.new_tokens, length = model, prompts, new_tokens, prompts.shape[1]
         options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         texts, states = [], []
         for some in prompts.split(batch_size):
@@ -62,18 +63,19 @@ class Texts:
         """The steps that each text would have taken by the speculator's dials: (n,)."""
         tokens = torch.nn.functional.pad(self.tokens, (0, speculator.config.n_predict), value=-100)
         lengths = torch.full_like(tokens[:, 0], self.new_tokens)
-        return (simulate_emissions(accepted_drafts(speculator, self.states, tokens), lengths) > 0).sum(-1)
+        accepted = accepted_drafts(beside(self.model, speculator), self.states, tokens)
+        return (simulate_emissions(accepted, lengths) > 0).sum(-1)
 
     def nodes(self, speculator, batch_size: int) -> float:
         """The mean size of a step's trees, roots included; rows of a batch are as wide as the widest."""
         config = speculator.config
         if config.n_candidates == 0 or config.n_tree_nodes is not None:
             return float(max_nodes(config))
-        roots = self.tokens.clamp(max=config.vocab_size - 1).reshape(-1, 1)  # the base model may have more
+        drafter, roots = beside(self.model, speculator), self.tokens.reshape(-1, 1)
         states = self.states.flatten(0, 1)[:, None]
         sizes = []
         for some in torch.arange(0, len(roots), max(1, len(roots) // 512)).split(32):
-            candidates = speculator.generate_candidates(states[some], roots[some])
+            candidates = drafter.generate_candidates(states[some], roots[some])
             sizes.append(CandidateTree.merge(roots[some], candidates, max_nodes(config)).n_nodes)
         return float(torch.stack([part.amax() for part in torch.cat(sizes).split(batch_size)]).float().mean())
 

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from test_run_lock import another_launch
 from tiny_models import VOCAB, tiny_model
 from trainings import speculator
 
@@ -120,6 +121,14 @@ def test_what_was_written_is_not_written_again(model, tmp_path, monkeypatch):
     assert sum(calls) == 6
     assert more.select(range(10))[:] == first[:]
     assert more[:] == write(model, tmp_path.with_name("at once"), 16)[:]
+
+
+def test_two_launches_do_not_write_the_same(model, tmp_path):
+    with another_launch(tmp_path), pytest.raises(ValueError, match="written to by process 7.*generated_dataset"):
+        write(model, tmp_path, 4)
+    written = write(model, tmp_path, 4)
+    with another_launch(tmp_path):  # what is whole is only read
+        assert write(model, tmp_path, 4)[:] == written[:]
 
 
 def test_continuations_of_another_kind_are_refused(model, tmp_path):

@@ -75,7 +75,7 @@ def is_free(folder):
 def test_a_second_launch_is_refused(tmp_path):
     folder = tmp_path / "run"
     with another_launch(folder):
-        with pytest.raises(ValueError, match="run is trained into by process 7 on elsewhere.*another `output_dir`"):
+        with pytest.raises(ValueError, match="run is written to by process 7 on elsewhere.*another folder"):
             with hold(folder):
                 pytest.fail("it got the lock")
     with hold(folder), hold(f"{folder}/../run"):  # by whatever name; one process may hold it twice
@@ -88,7 +88,7 @@ def test_a_trainer_is_refused_and_holds_its_folder(tmp_path, llama, make_trainer
             assert not is_free(tmp_path)
 
     trainer = make_trainer(llama, arguments(tmp_path, max_steps=1), callbacks=[Look()])
-    with another_launch(tmp_path), pytest.raises(ValueError, match="trained into by process 7"):
+    with another_launch(tmp_path), pytest.raises(ValueError, match="written to by process 7"):
         trainer.train()
     trainer.train()
     assert is_free(tmp_path)
@@ -119,7 +119,7 @@ def test_the_processes_of_a_launch_hold_it_together(tmp_path):
     with another_launch(tmp_path / "run"):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "run is trained into by process 7" in done.stderr
+    assert "run is written to by process 7" in done.stderr
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])

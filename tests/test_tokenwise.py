@@ -65,15 +65,16 @@ def test_in_one_layer_only(llama):
 
 
 def test_rows_that_end_apart(llama):
-    """Their padding has a say in the scale of the others."""
+    """Their padding has a say in the scale of the others: it is run on as in `generate`."""
     model = quantized(llama)
     text = text_of(model)
     drafter = Oracle(model, text, n_candidates=0)
     rows = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
-    with pytest.raises(ValueError, match="one scale for all rows of a batch.*one by one"):
-        model.generate(rows, **OPTIONS, eos_token_id=3, assistant_model=drafter)
-    expected = model.generate(rows, **OPTIONS)
-    assert model.generate(rows, **OPTIONS, assistant_model=drafter).tolist() == expected.tolist()
+    ends = [row[8].item() for row in model.generate(rows, **OPTIONS)]  # of one row or the other, in its middle
+    for extra in ({}, {"eos_token_id": ends[:1]}, {"eos_token_id": ends[1:]}, {"cache_implementation": "static"}):
+        options = OPTIONS | {"pad_token_id": 5, "eos_token_id": ends[:1]} | extra
+        expected = model.generate(rows, **options)
+        assert model.generate(rows, **options, assistant_model=drafter).tolist() == expected.tolist(), extra
 
 
 def test_layers_that_are_trained_for_quantization():

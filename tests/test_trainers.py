@@ -125,6 +125,8 @@ def test_bad_input(tmp_path, llama):
     with pytest.raises(ValueError, match="149 tokens.*128 positions.*sequence_length"):
         trainer = SpeculatorTrainer(speculator(), tiny_model("gpt2"), args)
         trainer.batch({"input_ids": torch.zeros(2, 150, dtype=torch.long)})
+    with pytest.raises(ValueError, match="132 tokens.*128 positions.*generation_length"):  # and not when it evaluates
+        SpeculatorTrainer(speculator(), tiny_model("gpt2"), args, eval_dataset=rows(4, 12), generation_length=120)
     with pytest.raises(ValueError, match="parabolic_schedule: false"):
         arguments(tmp_path, lr_scheduler_type="cosine")
     with pytest.raises(ValueError, match="`stage` must be 1"):

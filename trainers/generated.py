@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from .continuations import ContinuationSampler
+from .launch import in_main_process
+from .run_lock import hold
 
 
 ROWS_PER_FILE = 1024  # an interrupted run has to write again no more than these
@@ -40,9 +43,24 @@ def write_continuations(
         Columns `input_ids` and `continuation`, `n_rows` rows.
 
     Raises:
-        ValueError: if the folder holds continuations that were made otherwise.
+        ValueError: if the folder holds continuations that were made otherwise, or another launch writes there.
     """
     folder = Path(folder)
+    is_whole = in_main_process(lambda: _finished(folder)[1] >= n_rows)
+    with nullcontext() if is_whole else hold(folder):
+        return _write_missing(prompts, sampler, accelerator, folder, n_rows, batch_size, seed, described)
+
+
+def _write_missing(
+    prompts: datasets.Dataset,
+    sampler: ContinuationSampler,
+    accelerator: Accelerator,
+    folder: Path,
+    n_rows: int,
+    batch_size: int,
+    seed: int,
+    described: dict,
+) -> datasets.Dataset:
     described = json.loads(json.dumps(described | {"seed": seed, "prompts": _digest(prompts)}))
     if accelerator.is_main_process and not (folder / DESCRIPTION).exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The folder of a training: what a training writes there, whether there is one, and whether there is room for one."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ _WRITTEN = (
     *(FILE, f"{FILE}.unfinished", RECORD, f"{RECORD}.unfinished"),
 )
 _EVENTS = "events.out.tfevents.*"  # of TensorBoard
-_PROBE = 2**20  # bytes; a quota or a disk that is full to the last block does not show otherwise
 
 
 def holds_training(folder: Path) -> bool:
@@ -39,27 +37,6 @@ def delete_training(folder: Path) -> None:
     for path in [*below, runs]:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-def check_writable(folder: Path) -> None:
-    """Makes a folder, unless it is there.
-
-    Raises:
-        ValueError: where nothing can be written to it.
-    """
-    probe = folder / ".probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(probe, "wb") as file:
-                file.write(bytes(_PROBE))
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"Nothing can be written to `output_dir` {folder}: {error.strerror}. Set another one, or make room there."
-        ) from error
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""One launch at a time trains into a folder: it holds a lock there, which ends with its processes, killed or not."""
+"""One launch at a time writes to a folder: it holds a lock there, which ends with its processes, killed or not."""
 
 import errno
 import logging
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ..command_line import check_writable
 from .launch import in_main_process
-from .run_folder import check_writable
 
 
 try:
@@ -29,7 +29,7 @@ _held: dict[Path, int | None] = {}  # the folders that this process holds, and t
 
 @contextmanager
 def hold(folder: str | Path) -> Iterator[None]:
-    """Keeps other launches from training into a folder; it is made where it is not there.
+    """Keeps other launches from writing to a folder; it is made where it is not there.
 
     All processes of a launch hold it together: as long as one of them lives, no other launch gets it. A process that
     holds it already goes on holding it.
@@ -58,6 +58,7 @@ def _take(folder: Path) -> bool:
     """Gets the lock alone, as one launch of all can, and shares it from then on; whether the folder was there."""
     was_there = folder.exists()
     check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     handle = _locked(folder, shared=False)
     if handle is not None:
         os.ftruncate(handle, 0)
@@ -84,7 +85,8 @@ def _locked(folder: Path, shared: bool) -> int | None:
         if not isinstance(error, BlockingIOError):
             raise
         raise ValueError(
-            f"{folder} is trained into by {holder}. Wait for its end, or set another `output_dir`."
+            f"{folder} is written to by {holder}. Wait for its end, or set another folder (`output_dir`, "
+            "`generated_dataset`)."
         ) from error
     if _is_still_there(handle, folder / LOCK):
         return handle
@@ -98,7 +100,7 @@ def _is_still_there(handle: int, path: Path) -> bool:
 
 
 def _warn(folder: Path, reason: str) -> None:
-    logger.warning("No lock for %s (%s): see to it that nothing else trains into it meanwhile.", folder, reason)
+    logger.warning("No lock for %s (%s): see to it that nothing else writes to it meanwhile.", folder, reason)
 
 
 def _is_last(handle: int | None) -> bool:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..checks import check_shapes
+from ..checks import check_positions, check_shapes
 from ..families import output_logits
 from ..model_cards.provenance_file import is_about, read_provenance, weights_in, write_provenance
 from ..transformers_api import own_lr_scheduler, prepare_inputs
@@ -91,6 +91,10 @@ class SpeculatorTrainer(PublishingTrainer):
         )
         if self.objective.needs_distribution:
             check_output_logits(self.base_model, args.device)
+        for data in self._datasets()[1:]:
+            if data is not None:
+                prompt = min(prompt_length, len(data[0]["input_ids"]))
+                check_positions(self.base_model, prompt + generation_length)
         if any("position_ids" in (getattr(data, "column_names", None) or ()) for data in self._datasets()):
             check_separation(self.base_model, args.device)
         self.prompt_length = prompt_length
