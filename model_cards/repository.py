@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import hub_entry
-from ..benchmarking import digest
 from ..drafters import DRAFTERS
 from ..formats import read_config
+from ..measuring.benchmarking import digest
 from .model_card import render_card
 from .provenance_file import FILE, WEIGHTS, is_about
 

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import copy_bandwidth, machine, synchronize, versions
 from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.measuring.benchmarking import copy_bandwidth, machine, synchronize, versions
 
 
 LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}

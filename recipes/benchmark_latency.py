@@ -17,15 +17,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from modeling_speculator.benchmarking import digest, machine, versions, warn_of_other_work
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import GOES_ON, count, named_folder, output_folder, run, timing_parser
+from modeling_speculator.command_line import GOES_ON, count, named_folder, output_folder, run
 from modeling_speculator.drafters import dials_of, is_drafter
-from modeling_speculator.latency import measure_latency
 from modeling_speculator.loading import load_base_model, load_drafter
-from modeling_speculator.methods import expand_methods
-from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
-from modeling_speculator.records import RecordFile
+from modeling_speculator.measuring.benchmarking import digest, machine, versions, warn_of_other_work
+from modeling_speculator.measuring.latency import measure_latency
+from modeling_speculator.measuring.methods import expand_methods
+from modeling_speculator.measuring.parsers import timing_parser
+from modeling_speculator.measuring.prompts import check_context, cut_prompts, digest_of, read_prompts
+from modeling_speculator.measuring.records import RecordFile
 
 
 AXES = ("batch_size", "prompt_length")

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_speculator.benchmarking import machine, synchronize, versions
 from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.measuring.benchmarking import machine, synchronize, versions
 from modeling_speculator.precision import fast_dtype
 from modeling_speculator.trainers.chunked import CHUNK_ELEMENTS, chunked_linear
 

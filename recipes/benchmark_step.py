@@ -17,11 +17,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import machine, speedup, step_times, time_in_turn, versions, warn_of_other_work
 from modeling_speculator.command_line import output_file, parser_of, positive, run
 from modeling_speculator.decoding import max_nodes
-from modeling_speculator.evaluation import generate_greedily
 from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.measuring.benchmarking import (
+    machine,
+    speedup,
+    step_times,
+    time_in_turn,
+    versions,
+    warn_of_other_work,
+)
+from modeling_speculator.measuring.evaluation import generate_greedily
 from modeling_speculator.precision import fast_dtype
 from modeling_speculator.transformers_api import compile_on_any_device
 

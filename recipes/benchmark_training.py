@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import machine, speedup, synchronize, time_in_turn, versions
 from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.measuring.benchmarking import machine, speedup, synchronize, time_in_turn, versions
 from modeling_speculator.precision import fast_dtype
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer, SpeculatorTrainingArguments
 

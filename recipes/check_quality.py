@@ -10,12 +10,13 @@ import json
 import torch
 from tqdm import tqdm
 
-from modeling_speculator.benchmarking import machine, versions
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import continuing_parser, output_file, positive, positive_number, run
+from modeling_speculator.command_line import output_file, positive, positive_number, run
 from modeling_speculator.loading import load_base_model, load_speculator
-from modeling_speculator.prompts import encode, fitting_prompts, pad_left, read_prompts
-from modeling_speculator.quality import compare_greedy, compare_samples, sample
+from modeling_speculator.measuring.benchmarking import machine, versions
+from modeling_speculator.measuring.parsers import continuing_parser
+from modeling_speculator.measuring.prompts import encode, fitting_prompts, pad_left, read_prompts
+from modeling_speculator.measuring.quality import compare_greedy, compare_samples, sample
 
 
 def main() -> None:
@@ -45,8 +46,12 @@ def main() -> None:
     report = {
         "prompts": len(prompts),
         "prompts_left_out": len(read) - len(prompts),
-        "identical_outputs": sum(row["identical"] for row in greedy),
-        "differences": [row for row in greedy if not row["identical"]],
+        "identical_outputs": sum(outcome.identical for outcome in greedy),
+        "differences": [
+            {"tokens_per_step": row.tokens_per_step, "position": row.position, "gap": row.gap}
+            for row in greedy
+            if not row.identical
+        ],
         "samples": len(plain),
         "sampled": compare_samples(plain, ours),
         "settings": {key: str(value) for key, value in vars(args).items() if key != "output"},

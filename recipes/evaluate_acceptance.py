@@ -15,11 +15,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from modeling_speculator.acceptance import measure_prompts, summarize_categories
-from modeling_speculator.benchmarking import digest, machine, versions
 from modeling_speculator.command_line import (
     GOES_ON,
-    continuing_parser,
     count,
     output_folder,
     positive,
@@ -28,8 +25,11 @@ from modeling_speculator.command_line import (
 )
 from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.loading import load_base_model, load_speculator
-from modeling_speculator.prompts import digest_of, fitting_prompts, prompts_of_lengths, read_prompts
-from modeling_speculator.records import RecordFile
+from modeling_speculator.measuring.acceptance import measure_prompts, summarize_categories
+from modeling_speculator.measuring.benchmarking import digest, machine, versions
+from modeling_speculator.measuring.parsers import continuing_parser
+from modeling_speculator.measuring.prompts import digest_of, fitting_prompts, prompts_of_lengths, read_prompts
+from modeling_speculator.measuring.records import RecordFile
 
 
 def main() -> None:

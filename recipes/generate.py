@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_speculator.command_line import count, parser_of, positive, run, temperature
 from modeling_speculator.loading import load_base_model, load_speculator
-from modeling_speculator.prompts import read_prompts
+from modeling_speculator.measuring.prompts import read_prompts
 from modeling_speculator.transformers_api import CACHE
 
 

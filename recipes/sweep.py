@@ -17,9 +17,10 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from modeling_speculator import benchmarking, command_line, evaluation
+from modeling_speculator import command_line
 from modeling_speculator.command_line import positive, run_script
 from modeling_speculator.loading import load_base_model
+from modeling_speculator.measuring import benchmarking, evaluation
 from modeling_speculator.precision import PRECISIONS, keep_precision
 from modeling_speculator.trainers import DataArguments, load_texts, pack
 from modeling_speculator.trainers.continuations import Continuations, ContinuationSampler

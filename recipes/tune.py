@@ -16,15 +16,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from modeling_speculator.benchmarking import digest, machine, versions
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run, timing_parser
+from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run
 from modeling_speculator.configuration_mlp_speculator import DIALS
-from modeling_speculator.latency import BETWEEN
 from modeling_speculator.loading import load_base_model, load_speculator
-from modeling_speculator.prompts import check_context, cut_prompts, digest_of, read_prompts
-from modeling_speculator.records import RecordFile
-from modeling_speculator.tuning import MEASURED_PROMPTS, tune
+from modeling_speculator.measuring.benchmarking import digest, machine, versions
+from modeling_speculator.measuring.latency import BETWEEN
+from modeling_speculator.measuring.parsers import timing_parser
+from modeling_speculator.measuring.prompts import check_context, cut_prompts, digest_of, read_prompts
+from modeling_speculator.measuring.records import RecordFile
+from modeling_speculator.measuring.tuning import MEASURED_PROMPTS, tune
 
 
 AXES = ("batch_size", "prompt_length")

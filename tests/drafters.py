@@ -2,7 +2,7 @@
 
 import torch
 
-from modeling_speculator.oracle import Oracle
+from modeling_speculator.measuring.oracle import Oracle
 
 
 def oracle_for(model, inputs, text, **options):

@@ -10,16 +10,16 @@ import torch
 from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.acceptance import (
+from modeling_speculator.context_vectors import read_context_vectors
+from modeling_speculator.measuring.acceptance import (
     bootstrap_interval,
     head_accuracy,
     measure_acceptance,
     measure_prompts,
     summarize,
 )
-from modeling_speculator.context_vectors import read_context_vectors
-from modeling_speculator.prompts import Prompt
-from modeling_speculator.records import RecordFile
+from modeling_speculator.measuring.prompts import Prompt
+from modeling_speculator.measuring.records import RecordFile
 
 
 RECIPE = Path(__file__).parents[1] / "recipes/evaluate_acceptance.py"

@@ -5,8 +5,8 @@ import pytest
 from drafters import oracle_for
 from tiny_models import prompts
 
-from modeling_speculator import acceptance_metric
-from modeling_speculator.acceptance_metric import Acceptance
+from modeling_speculator.measuring import acceptance_metric
+from modeling_speculator.measuring.acceptance_metric import Acceptance
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from tiny_models import VOCAB, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.evaluation import accepted_drafts, simulate_steps
+from modeling_speculator.measuring.evaluation import accepted_drafts, simulate_steps
 from modeling_speculator.trainers.continuations import ContinuationSampler
 
 

@@ -17,8 +17,8 @@ from tiny_models import VOCAB, character_tokenizer, tiny_model
 from transformers import AutoModel
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import digest
 from modeling_speculator.formats import save_arctic
+from modeling_speculator.measuring.benchmarking import digest
 from modeling_speculator.model_cards.provenance_file import write_provenance
 from modeling_speculator.model_cards.repository import read_measured, without_paths
 

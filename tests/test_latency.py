@@ -13,9 +13,9 @@ from drafters import Oracle
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MedusaConfig, MedusaModel, MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.benchmarking import digest, seconds_in_turn
-from modeling_speculator.latency import measure_latency
-from modeling_speculator.methods import expand_methods
+from modeling_speculator.measuring.benchmarking import digest, seconds_in_turn
+from modeling_speculator.measuring.latency import measure_latency
+from modeling_speculator.measuring.methods import expand_methods
 from modeling_speculator.modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
 
 
@@ -164,7 +164,7 @@ def test_a_speed_that_drifts_drifts_for_both(llama, drafters, monkeypatch):
         now[0] += 1 + next(clock) / 100  # of each reading, more than before
         return now[0]
 
-    monkeypatch.setattr("modeling_speculator.latency.time.perf_counter", perf_counter)
+    monkeypatch.setattr("modeling_speculator.measuring.latency.time.perf_counter", perf_counter)
     rows = measure_latency(llama, expand_methods(names, llama, drafters), batches(rows=1), 8, rounds=3)
     assert [row["speedup"] for row in rows] == pytest.approx([1.0] * 4, abs=0.01)
     rates = [row["tokens_per_second"] for row in rows]
@@ -181,7 +181,7 @@ def test_the_time_is_that_of_a_bare_loop(llama, drafters, monkeypatch):
     model, speculator = copy.deepcopy(llama), copy.deepcopy(drafters["speculator"])
     for module in (model, *speculator.speculator.head):
         module.register_forward_pre_hook(count)
-    monkeypatch.setattr("modeling_speculator.latency.time.perf_counter", lambda: float(forwards[0]))
+    monkeypatch.setattr("modeling_speculator.measuring.latency.time.perf_counter", lambda: float(forwards[0]))
     names = ["generate", "speculator", "static:generate", "static:speculator"]
     methods = expand_methods(names, model, {"speculator": speculator})
     measured = measure_latency(model, methods, batches(), 12, rounds=2)

@@ -1,35 +1,70 @@
-"""What is installed: one top-level name, whatever the folders of the repository are called."""
+"""What is installed: one top-level name, whatever the folders of the repository are called, and all that is in them."""
 
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "modeling_speculator": "modeling_speculator",
+    "trainers": "modeling_speculator.trainers",
+    "model_cards": "modeling_speculator.model_cards",
+}
 
 
-def test_wheel_has_one_top_level_name(tmp_path):
-    source = tmp_path / "source"
+def dotted(folder: str, path: Path) -> str:
+    """The package that a file lies in."""
+    return ".".join([FOLDERS[folder], *path.parent.relative_to(ROOT / folder).parts])
+
+
+MODULES = {
+    f"{dotted(folder, path)}.{path.stem}".removesuffix(".__init__"): path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    source = shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert packages == {"modeling_speculator"}
-    assert "modeling_speculator/py.typed" in names
-    for folder, package in (
-        ("modeling_speculator", "modeling_speculator"),
-        ("trainers", "modeling_speculator/trainers"),
-        ("model_cards", "modeling_speculator/model_cards"),
-    ):
-        for path in [*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("*.md")]:
-            assert f"{package}/{path.name}" in names
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
-def test_library_does_not_import_the_trainers():
-    code = "import modeling_speculator, sys; assert not any('trainers' in m for m in sys.modules if 'speculator' in m)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_every_folder_is_a_package():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(packages) == sorted({dotted(folder, p) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")})
+
+
+def test_the_wheel_holds_every_file_under_one_name(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{dotted(folder, path).replace('.', '/')}/{path.name}"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".typed") and "__pycache__" not in path.parts
+    }
+    assert names == expected
+
+
+def test_every_module_is_imported_from_the_wheel(wheel, tmp_path):
+    """From an empty folder: where the repository is installed, a forgotten package would be found there."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = f"""
+import importlib, sys
+sys.path.insert(0, {str(tmp_path)!r})
+for module in {list(MODULES)}:
+    found = importlib.import_module(module).__file__
+    assert found.startswith({str(tmp_path)!r}), (module, found)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from tiny_models import character_tokenizer, tiny_model
 
-from modeling_speculator.prompts import (
+from modeling_speculator.measuring.prompts import (
     Prompt,
     check_context,
     cut_prompts,

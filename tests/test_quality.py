@@ -10,8 +10,8 @@ import torch
 from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.prompts import Prompt
-from modeling_speculator.quality import compare_greedy, compare_samples, last_number, sample
+from modeling_speculator.measuring.prompts import Prompt
+from modeling_speculator.measuring.quality import compare_greedy, compare_samples, last_number, sample
 
 
 RECIPE = Path(__file__).parents[1] / "recipes/check_quality.py"
@@ -25,8 +25,8 @@ def speculator():
 
 def test_greedy_outputs_are_identical(llama, speculator):
     rows = compare_greedy(llama, speculator, **prompts(), max_new_tokens=20, eos_token_id=[3, 4, 5], pad_token_id=0)
-    assert [row["identical"] for row in rows] == [True] * 3
-    assert all(row["tokens_per_step"] >= 1 for row in rows)
+    assert [row.identical for row in rows] == [True] * 3
+    assert all(row.tokens_per_step >= 1 for row in rows)
 
 
 def test_a_difference_is_found_and_sized(llama, speculator, monkeypatch):
@@ -40,11 +40,11 @@ def test_a_difference_is_found_and_sized(llama, speculator, monkeypatch):
 
     monkeypatch.setattr(llama, "generate", other_with_a_speculator)
     rows = compare_greedy(llama, speculator, **inputs, max_new_tokens=10)
-    assert [row["identical"] for row in rows] == [True, False, True]
-    assert rows[1]["position"] == 4
+    assert [row.identical for row in rows] == [True, False, True]
+    assert rows[1].position == 4
     text = generate(**inputs, max_new_tokens=4, do_sample=False)[1, 5:][None]  # without padding
     best = llama(text).logits[0, -1].detach().topk(2).values
-    assert rows[1]["gap"] == pytest.approx(float(best[0] - best[1]), abs=1e-4)
+    assert rows[1].gap == pytest.approx(float(best[0] - best[1]), abs=1e-4)
 
 
 def test_samples_by_hand(llama):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_speculator.records import RecordFile
+from modeling_speculator.measuring.records import RecordFile
 
 
 def test_what_was_written_is_there_again(tmp_path):

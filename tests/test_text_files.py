@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from modeling_speculator.text_files import is_empty, is_whole, lines_of, rows_of, suffix_of, text_of
+from modeling_speculator.measuring.text_files import is_empty, is_whole, lines_of, rows_of, suffix_of, text_of
 
 
 @pytest.fixture(params=["", ".gz"])

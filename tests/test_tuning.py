@@ -12,7 +12,7 @@ from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.configuration_mlp_speculator import DIALS
-from modeling_speculator.tuning import StepCost, Texts, fit, grid, predict, work
+from modeling_speculator.measuring.tuning import StepCost, Texts, fit, grid, predict, work
 
 
 RECIPE = Path(__file__).parents[1] / "recipes/tune.py"

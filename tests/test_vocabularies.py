@@ -14,8 +14,8 @@ from trainings import speculator as small_speculator
 from transformers import GenerationConfig
 
 from modeling_speculator import MLPSpeculatorPreTrainedModel
-from modeling_speculator.acceptance import measure_acceptance
 from modeling_speculator.drafters import DRAFTERS, turned
+from modeling_speculator.measuring.acceptance import measure_acceptance
 from modeling_speculator.modeling_medusa import MedusaModel
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer
 from modeling_speculator.vocabularies import beside

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from ..evaluation import accepted_drafts, simulate_steps
+from ..measuring.evaluation import accepted_drafts, simulate_steps
 from .continuations import Continuations, ContinuationSampler
 from .distribution import gathered
 

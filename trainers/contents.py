@@ -10,8 +10,8 @@ import datasets
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from ..loading import config_of
-from ..named_datasets import in_one_line
-from ..text_files import suffix_of
+from ..measuring.named_datasets import in_one_line
+from ..measuring.text_files import suffix_of
 from .provenance import commit_in
 from .texts import matching_files
 

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..text_files import rows_of
+from ..measuring.text_files import rows_of
 from .documents import LeftOut, tokenized, warn
 from .texts import FileRows, Texts, check_column, load_texts, read_rows
 from .training_args import DataArguments

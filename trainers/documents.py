@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..text_files import is_whole
+from ..measuring.text_files import is_whole
 
 
 WHERE = "__where__"  # key of a row's file and its number there

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from ..benchmarking import synchronize
+from ..measuring.benchmarking import synchronize
 
 
 ENOUGH = 5.0  # seconds of steps to measure

@@ -11,7 +11,7 @@ import huggingface_hub
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..benchmarking import digest, machine
+from ..measuring.benchmarking import digest, machine
 
 
 _ALWAYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay")

@@ -8,8 +8,8 @@ from pathlib import Path
 import datasets
 from pyarrow import parquet
 
-from ..named_datasets import files_of_folder, in_one_line, load_split
-from ..text_files import is_empty, rows_of, suffix_of, text_of
+from ..measuring.named_datasets import files_of_folder, in_one_line, load_split
+from ..measuring.text_files import is_empty, rows_of, suffix_of, text_of
 from .documents import WHERE, warn
 from .training_args import DataArguments
 

@@ -12,10 +12,12 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from modeling_speculator import SpeculationStatistics, benchmarking
+from modeling_speculator import SpeculationStatistics
 from modeling_speculator.command_line import positive, run
-from modeling_speculator.evaluation import PromptOutcome, compare_outputs, generate_greedily, loops
 from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.measuring import benchmarking
+from modeling_speculator.measuring.evaluation import generate_greedily, loops
+from modeling_speculator.measuring.quality import GreedyOutcome, compare_greedy
 from modeling_speculator.precision import PRECISIONS, resolve_precision
 
 
@@ -29,8 +31,12 @@ def main() -> None:
     speculator = load_speculator(args.speculator, model)
     prompts = cut_prompts(args, tokenizer, model.device)
 
-    def compare(speculator, label: str) -> list[PromptOutcome]:
-        return compare_outputs(model, speculator, tqdm(prompts, desc=label), args.max_new_tokens)
+    def compare(speculator, label: str) -> list[GreedyOutcome]:
+        compared = []
+        for prompt in tqdm(prompts, desc=label):
+            mask = torch.ones_like(prompt)
+            compared += compare_greedy(model, speculator, prompt, mask, max_new_tokens=args.max_new_tokens)
+        return compared
 
     before = compare(load_speculator(args.stage1, model), "after stage 1") if args.stage1 else None
     outcomes = compare(speculator, "speculative")
@@ -47,7 +53,7 @@ def main() -> None:
         ROUNDS,
     )
     write_report(args, str(model.dtype), before, outcomes, rates)
-    show(max(outcomes, key=lambda outcome: outcome.distinct_4grams), tokenizer)
+    show(*max(zip(prompts, outcomes, strict=True), key=lambda pair: pair[1].distinct_4grams), tokenizer)
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,10 +82,10 @@ def cut_prompts(args, tokenizer, device: torch.device) -> list[torch.Tensor]:
     return [torch.tensor([row], device=device) for row in middles[: args.prompts]]
 
 
-def show(outcome: PromptOutcome, tokenizer) -> None:
+def show(prompt: torch.Tensor, outcome: GreedyOutcome, tokenizer) -> None:
     """Prints a continuation, with the tokens that were accepted from the draft in green."""
     print("\nA prompt of a held-out file, and its continuation; green: drafted and accepted.\n")
-    print(f"\033[2m{tokenizer.decode(outcome.prompt)}\033[0m", end="")
+    print(f"\033[2m{tokenizer.decode(prompt[0])}\033[0m", end="")
     tokens = iter(outcome.continuation)
     print(tokenizer.decode([next(tokens)]), end="")
     for emitted in outcome.speculation.emitted_per_step:
@@ -88,11 +94,11 @@ def show(outcome: PromptOutcome, tokenizer) -> None:
     print("\n")
 
 
-def pool(outcomes: list[PromptOutcome]) -> SpeculationStatistics:
+def pool(outcomes: list[GreedyOutcome]) -> SpeculationStatistics:
     return SpeculationStatistics.pool(outcome.speculation for outcome in outcomes)
 
 
-def write_report(args, dtype: str, before: list | None, outcomes: list[PromptOutcome], rates: dict) -> None:
+def write_report(args, dtype: str, before: list | None, outcomes: list[GreedyOutcome], rates: dict) -> None:
     """Writes report.json and acceptance.png, and prints the figures."""
     stages = {"after stage 1": pool(before), "after stage 2": pool(outcomes)} if before else {"": pool(outcomes)}
     varied = [outcome for outcome in outcomes if not loops(outcome.continuation)]

@@ -23,8 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from modeling_speculator.benchmarking import machine, versions
 from modeling_speculator.command_line import FROM_CHECKPOINT, positive, positive_number, run
+from modeling_speculator.measuring.benchmarking import machine, versions
 from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
 from modeling_speculator.precision import PRECISIONS, go_on_in
 from modeling_speculator.trainers import (

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 from modeling_speculator.command_line import run
-from modeling_speculator.text_files import rows_of
+from modeling_speculator.measuring.text_files import rows_of
 
 
 # Tests, tables of data, and folders that other packages are installed into.

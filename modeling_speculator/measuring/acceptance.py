@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .checks import main_device
-from .context_vectors import read_context_vectors
+from ..checks import main_device
+from ..context_vectors import read_context_vectors
+from ..statistics import SpeculationStatistics
+from ..vocabularies import beside
 from .evaluation import accepted_drafts, loops, simulate_emissions
 from .prompts import Prompt, encode, pad_left, too_long
 from .records import RecordFile
-from .statistics import SpeculationStatistics
-from .vocabularies import beside
 
 
 RESAMPLINGS = 2000

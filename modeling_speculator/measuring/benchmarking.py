@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .statistics import SpeculationStatistics
+from ..statistics import SpeculationStatistics
 
 
 def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:

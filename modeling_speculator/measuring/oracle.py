@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from .configuration_mlp_speculator import MLPSpeculatorConfig
-from .context_vectors import read_context_vectors
+from ..configuration_mlp_speculator import MLPSpeculatorConfig
+from ..context_vectors import read_context_vectors
 
 
 class Oracle:

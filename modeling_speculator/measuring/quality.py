@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from ..statistics import SpeculationStatistics
 from .evaluation import distinct_ngrams
 from .prompts import Prompt
 
@@ -12,14 +14,42 @@ from .prompts import Prompt
 FLIPS = 10_000
 
 
+@dataclass(frozen=True)
+class GreedyOutcome:
+    """A prompt that was continued greedily, plainly and with a speculator.
+
+    continuation: token ids that the loop emitted with the speculator.
+    speculation: what the speculator achieved.
+    identical: whether plain `generate` emits the same; if not ...
+    position: ... of the first other token, and ...
+    gap: ... the difference in logits there between the base model's first two choices: about 0 where rounding decides.
+    """
+
+    continuation: list[int]
+    speculation: SpeculationStatistics
+    identical: bool
+    position: int | None = None
+    gap: float | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 without a step: the prefill emitted all."""
+        return self.speculation.tokens_per_step or 1.0
+
+    @property
+    def distinct_4grams(self) -> float:
+        """Of the continuation; a text that loops has few, and flatters every drafter."""
+        return distinct_ngrams(self.continuation, 4)
+
+
 @torch.no_grad()
-def compare_greedy(model, speculator, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options) -> list[dict]:
+def compare_greedy(
+    model, speculator, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
+) -> list[GreedyOutcome]:
     """Continues a batch of left-padded prompts (batch, length) greedily, plainly and with a speculator.
 
-    Returns:
-        Of each row `tokens_per_step`, and whether both are `identical`; if not, the `position` of the first other
-        token, and the `gap` in logits there between the base model's first two choices: about 0 where rounding decides
-        between them.
+    Args:
+        options: of `generate`.
     """
     length = input_ids.shape[1]
     options |= {"attention_mask": attention_mask, "do_sample": False}
@@ -29,10 +59,11 @@ def compare_greedy(model, speculator, input_ids: torch.Tensor, attention_mask: t
     longest = max(plain.shape[1], ours.shape[1])
     plain, ours = (torch.nn.functional.pad(text, (0, longest - text.shape[1]), value=-1) for text in (plain, ours))
     differ = plain != ours
-    rows = []
+    outcomes = []
     for row, first in enumerate(differ.long().argmax(-1).tolist()):
-        yields = out.speculation.per_sequence[row].tokens_per_step or 1.0  # no step: the prefill emitted all
-        found = {"identical": not bool(differ[row].any()), "tokens_per_step": yields}
+        speculation = out.speculation.per_sequence[row]
+        end = length + 1 + speculation.tokens  # the prefill emits one
+        found = {"identical": not bool(differ[row].any())}
         if not found["identical"]:
             text = plain[row : row + 1, :first]
             mask = torch.nn.functional.pad(attention_mask[row : row + 1], (0, first - length), value=1)
@@ -40,8 +71,8 @@ def compare_greedy(model, speculator, input_ids: torch.Tensor, attention_mask: t
             outputs = model(input_ids=text, attention_mask=mask, position_ids=positions)
             best = outputs.logits[0, -1].float().topk(2).values
             found |= {"position": first - length, "gap": float(best[0] - best[1])}
-        rows.append(found)
-    return rows
+        outcomes.append(GreedyOutcome(ours[row, length:end].tolist(), speculation, **found))
+    return outcomes
 
 
 @torch.no_grad()

@@ -13,15 +13,15 @@ from itertools import combinations
 
 import torch
 
+from ..candidate_tree import CandidateTree
+from ..configuration_mlp_speculator import DIALS
+from ..context_vectors import read_context_vectors
+from ..decoding import max_nodes
+from ..drafters import dials_of, turned
+from ..vocabularies import beside
 from .benchmarking import seconds_in_turn
-from .candidate_tree import CandidateTree
-from .configuration_mlp_speculator import DIALS
-from .context_vectors import read_context_vectors
-from .decoding import max_nodes
-from .drafters import dials_of, turned
 from .evaluation import accepted_drafts, simulate_emissions
 from .latency import BETWEEN
-from .vocabularies import beside
 
 
 TREE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

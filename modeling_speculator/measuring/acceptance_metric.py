@@ -10,7 +10,9 @@ metric.compute(n_predict=speculator.config.n_predict)
 import datasets
 import evaluate
 
-from modeling_speculator.acceptance import bootstrap_interval  # absolute: `evaluate.load` copies this file elsewhere
+from modeling_speculator.measuring.acceptance import (
+    bootstrap_interval,  # absolute: `evaluate.load` copies this file elsewhere
+)
 from modeling_speculator.statistics import SpeculationStatistics
 
 

@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from ..drafters import turned
+from ..transformers_api import forget_static_cache
 from .benchmarking import synchronize
-from .drafters import turned
 from .evaluation import distinct_ngrams, loops
 from .methods import Method
-from .transformers_api import forget_static_cache
 
 
 BETWEEN = 3  # runs of others between two of plain `generate`, to which they are compared: the machine's speed drifts

@@ -1,50 +1,9 @@
-"""Measuring speculation: same text, and which drafts a finished text would have accepted."""
+"""Texts that loop, and which drafts a finished text would have accepted."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-
-from .statistics import SpeculationStatistics
-
-
-@dataclass(frozen=True)
-class PromptOutcome:
-    """One prompt, continued greedily with and without the speculator.
-
-    prompt: token ids.
-    continuation: token ids that the loop emitted with the speculator.
-    identical: whether plain `generate` emits the same.
-    distinct_4grams: of the continuation; a text that loops has few, and flatters every drafter.
-    """
-
-    prompt: list[int]
-    continuation: list[int]
-    identical: bool
-    distinct_4grams: float
-    speculation: SpeculationStatistics
-
-
-def compare_outputs(model, speculator, prompts: Iterable[torch.Tensor], max_new_tokens: int) -> list[PromptOutcome]:
-    """Continues each prompt (1, length) greedily, plainly and with the speculator."""
-    outcomes = []
-    for prompt in prompts:
-        plain = generate_greedily(model, prompt, max_new_tokens)
-        out = generate_greedily(
-            model, prompt, max_new_tokens, assistant_model=speculator, return_dict_in_generate=True
-        )
-        continuation = out.sequences[0, prompt.shape[1] :].tolist()
-        outcomes.append(
-            PromptOutcome(
-                prompt=prompt[0].tolist(),
-                continuation=continuation,
-                identical=plain.tolist() == out.sequences.tolist(),
-                distinct_4grams=distinct_ngrams(continuation, 4),
-                speculation=out.speculation,
-            )
-        )
-    return outcomes
 
 
 def generate_greedily(model, prompt: torch.Tensor, max_new_tokens: int, **kwargs):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from .drafters import dials_of, is_drafter
-from .transformers_api import compile_on_any_device
+from ..drafters import dials_of, is_drafter
+from ..transformers_api import compile_on_any_device
 
 
 # Those of transformers; speculators and draft models go by the names that they are given.
