@@ -7,9 +7,8 @@ import torch
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 from transformers import GenerationMixin
 
-from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.measuring import doctor
-from modeling_speculator.measuring.doctor import compare_tree, examine
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, doctor
+from modeling_speculator.doctor import compare_tree, examine
 
 
 TOKENIZER = character_tokenizer(eos_token="z")

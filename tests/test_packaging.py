@@ -1,4 +1,4 @@
-"""What is installed: one top-level name, whatever the folders of the repository are called, and all that is in them."""
+"""What is installed: one top-level name, and all that lies in the folders of the repository."""
 
 import shutil
 import subprocess
