@@ -15,6 +15,12 @@ _OUTLIER = 10
 _DECAY = 0.95
 
 
+def choices_of(config) -> list[int]:
+    """What there is to pick from: nothing, a single candidate, and what the dials say."""
+    few = [1] if getattr(config, "n_tree_nodes", None) is None else []  # a tree of best nodes has one size
+    return sorted({0, *few, config.n_candidates})
+
+
 class AdaptiveSpeculation:
     """Picks the number of candidates with the most tokens per second and row.
 

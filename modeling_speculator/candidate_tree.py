@@ -118,3 +118,15 @@ class CandidateTree:
         """Which child of each row's node (batch,) carries a token (batch,), and whether there is one."""
         is_it = (self.parents == node[:, None]) & (self.input_ids == token[:, None]) & (self.depths > 0)
         return is_it.int().argmax(-1), is_it.any(-1)
+
+
+def max_nodes(config) -> int:
+    """The most nodes that the tree of a drafter with this config can have, the root included."""
+    if config.n_candidates > 0 and getattr(config, "n_tree_nodes", None) is not None:
+        return 1 + config.n_tree_nodes
+    top_k = getattr(config, "top_k_tokens_per_head", None)
+    nodes, leaves = 1, 1
+    for head in range(getattr(config, "n_heads", None) or config.n_predict):
+        leaves = leaves * top_k[head] if top_k else config.n_candidates
+        nodes += min(config.n_candidates, leaves)
+    return nodes

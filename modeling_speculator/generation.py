@@ -142,16 +142,16 @@ def generation_hook() -> Iterator[None]:
 def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | torch.Tensor:
     """What `generate` returns, and the caller's cache filled."""
     request = decoder.request
-    sequences = decoder.text()
+    rows, steps, walk = decoder.rows, decoder.progress.steps, decoder.emission.walk
+    sequences = rows.text(decoder.progress.longest).to(request.input_ids.device)
     cache = request.past
     if cache is not None:
         fill_cache(decoder, sequences, cache)
     if not request.generation_config.return_dict_in_generate:
         return sequences
-    hands_back = request.generation_config.use_cache and bool((decoder.lengths == decoder.longest).all())
+    hands_back = request.generation_config.use_cache and bool((rows.lengths == decoder.progress.longest).all())
     if cache is None and hands_back:
         cache = fill_cache(decoder, sequences, DynamicCache(config=decoder.model.config.get_text_config(decoder=True)))
-    walk = decoder.walk
     return GenerateSpeculativeOutput(
         sequences=sequences,
         scores=walk.recorded(lambda group: group.scores) if request.returns("scores") else None,
@@ -159,27 +159,28 @@ def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | tor
         hidden_states=collect_hidden_states(decoder) if request.returns("hidden_states") else None,
         **{CACHE: cache},
         speculation=SpeculationStatistics.from_counts(
-            emitted=torch.tensor([step.n_emitted for step in decoder.steps]).view(-1, len(sequences)),
-            n_nodes=torch.tensor([step.n_nodes for step in decoder.steps]).view(-1, len(sequences)),
-            n_candidates=[step.n_candidates for step in decoder.steps],
+            emitted=torch.tensor([step.n_emitted for step in steps]).view(-1, len(sequences)),
+            n_nodes=torch.tensor([step.n_nodes for step in steps]).view(-1, len(sequences)),
+            n_candidates=[step.n_candidates for step in steps],
             n_predict=decoder.n_predict,
+            traces=None if decoder.trace is None else decoder.trace.of_rows(len(sequences)),
         ),
     )
 
 
 def fill_cache(decoder: SpeculativeDecoder, sequences: torch.Tensor, cache):
     """Fills a cache of transformers with all tokens but the last, as plain decoding leaves it."""
-    offset = decoder.in_cache_only - 1
-    shortest = int(decoder.lengths.min())
-    decoder.cache.copy_to(cache, shortest + offset, release=not decoder.keeps_storage)
-    if shortest < decoder.longest:  # plain decoding goes on with padding where a row has ended
-        columns = torch.arange(shortest - 1, decoder.longest - 1, device=sequences.device)
+    rows, longest = decoder.rows, decoder.progress.longest
+    shortest = int(rows.lengths.min())
+    decoder.cache.copy_to(cache, shortest + rows.in_cache_only - 1, release=not decoder.keeps_storage)
+    if shortest < longest:  # plain decoding goes on with padding where a row has ended
+        columns = torch.arange(shortest - 1, longest - 1, device=sequences.device)
         input_ids = sequences[:, columns].to(decoder.device)
         decoder.model(
             input_ids=input_ids,
-            position_ids=decoder.from_length + columns.to(decoder.device) + 1,
+            position_ids=rows.from_length + columns.to(decoder.device) + 1,
             use_cache=True,
-            **decoder.types_of(input_ids),
+            **rows.types_of(input_ids),
             **{CACHE: cache},
         )
     return cache
@@ -190,7 +191,7 @@ def collect_hidden_states(decoder: SpeculativeDecoder) -> tuple[tuple[torch.Tens
     prompt, *steps = decoder.hidden_states
     if not steps:
         return (prompt,)
-    n_tokens = torch.tensor([step.n_emitted for step in decoder.steps])  # (steps, batch)
+    n_tokens = torch.tensor([step.n_emitted for step in decoder.progress.steps])  # (steps, batch)
     along = [torch.arange(step[0].shape[1]) < n[:, None] for step, n in zip(steps, n_tokens, strict=True)]
     emitted = torch.cat(along, dim=1)  # (batch, steps * (depth + 1))
     longest = int(emitted.sum(-1).max())

@@ -37,6 +37,12 @@ class Request:
         return (self.input_ids if embeds is None else embeds).shape[1] if dropped is None else dropped
 
     @property
+    def prompt_mask(self) -> torch.Tensor:
+        """(batch, context_length), 0 at padding."""
+        mask = self.model_kwargs.get("attention_mask")
+        return self.input_ids.new_ones(len(self.input_ids), self.context_length) if mask is None else mask
+
+    @property
     def last_positions(self) -> torch.Tensor:
         """(batch, 1), of the last token of each prompt."""
         position_ids, mask = self.model_kwargs.get("position_ids"), self.model_kwargs.get("attention_mask")
@@ -82,6 +88,12 @@ class Request:
     @property
     def is_adaptive(self) -> bool:
         return getattr(self.generation_config, "speculation", None) == "adaptive"
+
+    @property
+    def traces_speculation(self) -> bool:
+        """Whether what was drafted at each step is to be returned."""
+        config = self.generation_config
+        return bool(config.return_dict_in_generate and getattr(config, "trace_speculation", False))
 
     def returns(self, what: str) -> bool:
         """Whether `output_<what>` was asked for, in the only form that can hold it."""

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .candidate_tree import CandidateTree
 from .decoding import SpeculativeDecoder
+from .rows import Rows
 from .transformers_api import cant_be_compiled, check_contract, mark_static_address, recompile_limits
 
 
@@ -17,9 +18,7 @@ logger = logging.get_logger(__name__)
 # The least number of slots that attention looks at. Views of the cache come in few sizes, so that a large one costs
 # nothing while the text is short; each costs a compilation. Below this, looking at less saves nothing.
 _LEAST_VIEW = 256
-# The tensors that steps write to or read again and again: in a CUDA graph they must stay where they are.
-_STATE = ("lengths", "from_length", "last_position", "to_root_column", "budget", "sequences", "root", "along")
-_STATE += ("context_vector",)
+# The cache's tensors that steps write to or read again and again: in a CUDA graph they must stay where they are.
 _CACHE_STATE = ("columns", "free", "frontier", "along", "attend", "ignore")
 
 
@@ -80,7 +79,7 @@ class StaticDecoder(SpeculativeDecoder):
         for layer in self.cache.layers:
             mark_static_address(layer.keys)
             mark_static_address(layer.values)
-        owners = [(self, name) for name in _STATE] + [(self.cache, name) for name in _CACHE_STATE]
+        owners = [(self.rows, name) for name in Rows.STATE] + [(self.cache, name) for name in _CACHE_STATE]
         for owner, name in [*owners, (self.cache.slots, "rows")]:
             key, value = f"{type(owner).__name__}.{name}", getattr(owner, name)
             kept = self.workspace.tensors.get(key)
@@ -97,8 +96,7 @@ class StaticDecoder(SpeculativeDecoder):
         with recompile_limits(*_LIMITS):
             while self.goes_on():
                 self.choose()
-                view = _view(self.longest - 1 + self.in_cache_only + self.max_nodes)
-                view = min(view, self.cache.slots.capacity)
+                view = min(_view(self.slots_in_use()), self.cache.slots.capacity)
                 if self.keeps_storage:
                     torch.compiler.cudagraph_mark_step_begin()
                 try:
@@ -114,7 +112,7 @@ class StaticDecoder(SpeculativeDecoder):
                     self.accept(tree, root_column, outputs)
                     outcome = self.report(tree)
                 self.read(outcome)
-                self.record(self.n_candidates, self.n_nodes)
+                self.record(self.n_candidates, self.progress.n_nodes)
 
     def choose_compile_config(self) -> CompileConfig | None:
         """How to compile, None for not at all. As without a speculator: on CUDA, or where it is asked for.
@@ -148,7 +146,7 @@ def _step(decoder: StaticDecoder, view: int) -> torch.Tensor:
 def _propose(decoder: StaticDecoder, view: int) -> tuple[CandidateTree, torch.Tensor, object]:
     """Draft and verify."""
     tree = decoder.draft()
-    root_column = decoder.lengths + decoder.to_root_column
+    root_column = decoder.rows.root_column
     return tree, root_column, decoder.verify(tree, root_column, view)
 
 

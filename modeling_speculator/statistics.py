@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .tracing import TracedStep
+
 
 @dataclass(frozen=True, repr=False)
 class SpeculationStatistics:
@@ -17,6 +19,7 @@ class SpeculationStatistics:
         drafted_tokens: nodes verified, roots and padding not counted.
         n_predict: tokens that a draft can hold.
         per_sequence: the same, one per row of the batch; empty for a row.
+        trace: of a row, what was drafted at each step; None unless the generation config has `trace_speculation`.
     """
 
     emitted_per_step: tuple[int, ...]
@@ -24,6 +27,7 @@ class SpeculationStatistics:
     drafted_tokens: int
     n_predict: int
     per_sequence: tuple["SpeculationStatistics", ...] = ()
+    trace: tuple[TracedStep, ...] | None = None
 
     @property
     def steps(self) -> int:
@@ -50,7 +54,12 @@ class SpeculationStatistics:
 
     @classmethod
     def from_counts(
-        cls, emitted: torch.Tensor, n_nodes: torch.Tensor, n_candidates: list[int], n_predict: int
+        cls,
+        emitted: torch.Tensor,
+        n_nodes: torch.Tensor,
+        n_candidates: list[int],
+        n_predict: int,
+        traces: list[tuple[TracedStep, ...]] | None = None,
     ) -> "SpeculationStatistics":
         """From counts of each step.
 
@@ -59,15 +68,18 @@ class SpeculationStatistics:
             n_nodes: (steps, batch) nodes verified, roots included.
             n_candidates: of each step.
             n_predict: tokens that a draft can hold.
+            traces: of each row.
         """
+        traces = traces or [None] * emitted.shape[1]
         rows = [
             cls(
                 emitted_per_step=tuple(n for n in row_emitted if n),
                 candidates_per_step=tuple(k for n, k in zip(row_emitted, n_candidates, strict=True) if n),
                 drafted_tokens=sum(nodes - 1 for n, nodes in zip(row_emitted, row_nodes, strict=True) if n),
                 n_predict=n_predict,
+                trace=trace,
             )
-            for row_emitted, row_nodes in zip(emitted.T.tolist(), n_nodes.T.tolist(), strict=True)
+            for row_emitted, row_nodes, trace in zip(emitted.T.tolist(), n_nodes.T.tolist(), traces, strict=True)
         ]
         return cls.pool(rows)
 
@@ -87,6 +99,7 @@ class SpeculationStatistics:
             drafted_tokens=sum(part.drafted_tokens for part in parts),
             n_predict=parts[0].n_predict,
             per_sequence=parts,
+            trace=parts[0].trace if len(parts) == 1 else None,
         )
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ What both have is read and drafted. No output depends on it: an id that is never
 
 import torch
 
-from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .candidates import CandidateSelection
 
 
 # More than tokens added for a chat, or padding to a multiple of 64 or 256, come to: it is another tokenizer then.
@@ -23,7 +23,7 @@ class SpeculatorOfCommonIds:
         self.speculator, self.config, self.vocab_size = speculator, speculator.config, vocab_size
         lacks_some = vocab_size < self.config.vocab_size
         # A drafter of one's own has no such dial: what it drafts beyond is replaced.
-        chooses = lacks_some and isinstance(speculator, MLPSpeculatorPreTrainedModel)
+        chooses = lacks_some and isinstance(speculator, CandidateSelection)
         self.dials = {"vocab_size": vocab_size} if chooses else {}
 
     def generate_candidates(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, **dials) -> torch.Tensor:

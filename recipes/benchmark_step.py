@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.candidate_tree import max_nodes
 from modeling_speculator.command_line import output_file, parser_of, positive, run
-from modeling_speculator.decoding import max_nodes
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring.benchmarking import (
     machine,

@@ -52,7 +52,7 @@ def test_the_wheel_holds_every_file_under_one_name(wheel):
         f"{dotted(folder, path).replace('.', '/')}/{path.name}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".typed") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".md", ".html", ".typed") and "__pycache__" not in path.parts
     }
     assert names == expected
 

@@ -13,10 +13,9 @@ from itertools import combinations
 
 import torch
 
-from ..candidate_tree import CandidateTree
+from ..candidate_tree import CandidateTree, max_nodes
 from ..configuration_mlp_speculator import DIALS
 from ..context_vectors import read_context_vectors
-from ..decoding import max_nodes
 from ..drafters import dials_of, turned
 from ..vocabularies import beside
 from .benchmarking import seconds_in_turn

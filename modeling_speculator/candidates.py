@@ -1,0 +1,109 @@
+"""Candidates' selection: what the heads think likely, as drafted sequences or as the best nodes of a tree."""
+
+import torch
+
+from .cells import Cell
+from .configuration_mlp_speculator import MLPSpeculatorConfig
+
+
+class CandidateSelection:
+    """How a drafter of heads drafts, by the dials of its config.
+
+    Attributes:
+        config: its dials.
+        speculator: its heads.
+    """
+
+    config: MLPSpeculatorConfig
+    speculator: Cell
+
+    @torch.no_grad()
+    def generate_candidates(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        top_k_tokens_per_head: list[int] | None = None,
+        n_candidates: int | None = None,
+        vocab_size: int | None = None,
+    ) -> torch.Tensor:
+        """Drafts by the published rule: `top_k` children per node, the leaves with the highest summed log-prob.
+
+        Args:
+            hidden_states: (batch, 1, emb_dim), context vector of each sequence.
+            input_ids: (batch, 1), the token that the base model drew from it.
+            top_k_tokens_per_head, n_candidates: default to the config's.
+            vocab_size: if given, ids from here on are not drafted.
+
+        Returns:
+            (batch, n_candidates, n_predict) token ids, best first; fewer where `config.n_heads` says so.
+
+        Raises:
+            ValueError: if the dials don't fit the heads.
+        """
+        config = self.config
+        top_k = config.top_k_tokens_per_head if top_k_tokens_per_head is None else list(top_k_tokens_per_head)
+        n_candidates = config.n_candidates if n_candidates is None else n_candidates
+        config.check_dials(top_k, n_candidates, n_heads=config.n_heads)
+        top_k = top_k[: config.n_heads]
+
+        batch = len(input_ids)
+        state = self.speculator.first_state(hidden_states)  # (batch, 1, emb_dim)
+        candidates = input_ids[:, :, None]  # (batch, branches, tokens so far)
+        log_probs = 0.0
+        for head, k in enumerate(top_k):
+            state, best, tokens = self.speculator.best_children(head, state, candidates[:, :, -1], k, vocab_size)
+            log_probs = (log_probs + best).view(batch, -1, 1)
+            candidates = torch.cat([candidates.repeat_interleave(k, dim=1), tokens.view(batch, -1, 1)], dim=-1)
+            if head < len(top_k) - 1:
+                state = state.repeat_interleave(k, dim=1)
+        leaves = log_probs.squeeze(-1).topk(n_candidates).indices  # (batch, n_candidates)
+        return candidates[:, :, 1:].gather(1, leaves[:, :, None].expand(-1, -1, len(top_k)))
+
+    @torch.no_grad()
+    def generate_tree(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        n_tree_nodes: int | None = None,
+        vocab_size: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Drafts the `n_tree_nodes` most probable nodes of the tree that `top_k_tokens_per_head` spans.
+
+        At equal numbers of nodes they hold more probability than the paths to the most probable leaves, which
+        `generate_candidates` drafts. (EAGLE-2, arXiv 2406.16858, section 4, ranks its nodes the same way.)
+
+        Args:
+            hidden_states: (batch, 1, emb_dim), context vector of each sequence.
+            input_ids: (batch, 1), the token that the base model drew from it.
+            n_tree_nodes: defaults to the config's.
+            vocab_size: if given, ids from here on are not drafted.
+
+        Returns:
+            Tokens, parents and depths, (batch, n_tree_nodes), level by level. Parents are numbered as nodes of the
+            tree: 0 is `input_ids`, 1 the first that is returned here.
+        """
+        n_nodes, batch = n_tree_nodes or self.config.n_tree_nodes, len(input_ids)
+        state = self.speculator.first_state(hidden_states)
+        token, log_prob = input_ids, hidden_states.new_zeros(batch, 1, dtype=torch.float32)
+        levels = []  # of each: tokens, log-probs, parents and depths, (batch, width)
+        first, width = 0, 1  # node and width of the level before; the root is node 0
+        top_k = self.config.top_k_tokens_per_head[: self.config.n_heads]
+        for head, k in enumerate(top_k):
+            state, best, tokens = self.speculator.best_children(head, state, token, k, vocab_size)
+            # At most 0: rounding must not make a child more probable than its parent, nor must NaN.
+            best = torch.where(best <= 0, best, torch.where(best > 0, 0.0, -torch.inf))
+            log_prob = (log_prob[:, :, None] + best).flatten(1)  # (batch, width * k)
+            # What is not among the best of its level is not among the best of all.
+            log_prob, kept = log_prob.topk(min(n_nodes, log_prob.shape[1]))
+            parent = kept // k  # within the level before
+            token = tokens.flatten(1).gather(1, kept)
+            levels.append((token, log_prob, first + parent, torch.full_like(token, head + 1)))
+            first, width = first + width, parent.shape[1]
+            if head < len(top_k) - 1:
+                state = state.gather(1, parent[:, :, None].expand(-1, -1, state.shape[-1]))
+        tokens, log_probs, parents, depths = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        # Stable: of equals, the one that comes first is taken, and a parent comes before its children.
+        chosen = log_probs.sort(dim=1, descending=True, stable=True).indices[:, :n_nodes].sort(dim=1).values
+        number = torch.zeros_like(parents[:, :1]).repeat(1, parents.shape[1] + 1)  # of every node, 0 is the root
+        number.scatter_(1, chosen + 1, torch.arange(1, n_nodes + 1, device=chosen.device).expand_as(chosen))
+        return tokens.gather(1, chosen), number.gather(1, parents.gather(1, chosen)), depths.gather(1, chosen)

@@ -1,0 +1,119 @@
+"""The text of a batch while it is decoded, row by row: what it is, how long, and what it may still emit."""
+
+import torch
+from transformers import PreTrainedConfig
+
+from .families import EMBEDDED_TOKEN_TYPES
+from .request import Request
+from .verification import Verified
+
+
+class Rows:
+    """All state of a step that is not the cache's, in tensors on the device that stay where they are.
+
+    Each row has a length of its own. A column is a place in its text, padding included.
+
+    Attributes:
+        sequences: (batch, columns), the text, with room for what a step writes past a row's end: that is overwritten
+            by the next step, or cut off in the end.
+        lengths: (batch, 1), columns of text.
+        budget: (batch,), tokens that a row may still emit; 0 for one that has ended.
+        root: (batch, 1), the last token.
+        context_vector: (batch, 1, hidden_size), what the root was drawn from.
+        in_cache_only: columns that the cache has before the text begins.
+        token_types: (batch, 1), of every token that comes; None where the base model adds none.
+
+    Args:
+        config: of the base model's text.
+        capacity: columns that the text may come to, the nodes of a tree included.
+        n_predict: tokens that a draft can hold.
+        context_vector: of the prompt's last token.
+        drafts: whether anything is ever drafted.
+    """
+
+    STATE = ("sequences", "lengths", "budget", "root", "context_vector", "along")
+    STATE += ("from_length", "last_position", "to_root_column")
+
+    def __init__(
+        self,
+        request: Request,
+        config: PreTrainedConfig,
+        capacity: int,
+        n_predict: int,
+        context_vector: torch.Tensor,
+        drafts: bool,
+    ):
+        device = context_vector.device
+        input_ids = request.input_ids.to(device).long()
+        batch, length = input_ids.shape
+        self.drafts, self.pad_token_id = drafts, request.pad_token_id
+        self.in_cache_only = request.context_length - length
+        self.sequences = input_ids.new_zeros(batch, capacity + n_predict + 1)
+        self.sequences[:, :length] = input_ids
+        self.lengths = torch.full((batch, 1), length, device=device)
+        self.budget = torch.full((batch,), request.budget, device=device)
+        self.root = self.sequences.new_zeros(batch, 1)
+        self.context_vector = context_vector.clone(memory_format=torch.contiguous_format)
+        adds_types = config.model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
+        self.token_types = request.last_token_types.to(device) if adds_types else None
+        self.along = torch.arange(n_predict + 1, device=device)
+        self.from_length = request.last_positions.to(device) - length  # of a text to its last token's position
+        self.last_position = self.from_length + length + request.budget - 1  # the last token is never run
+        self.to_root_column = torch.full((1, 1), self.in_cache_only - 1, device=device)  # from a text's length
+
+    @property
+    def root_column(self) -> torch.Tensor:
+        """(batch, 1), of each root in the cache."""
+        return self.lengths + self.to_root_column
+
+    def positions(self, depths: torch.Tensor) -> torch.Tensor:
+        """(batch, nodes), of nodes so deep below the root.
+
+        Nodes past the last token that can be emitted are never accepted; their positions may not exist.
+        """
+        return torch.minimum(self.lengths + self.from_length + depths, self.last_position)
+
+    def types_of(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a forward over new tokens (batch, n) needs where the prompt has token types: all have its last one."""
+        return {} if self.token_types is None else {"token_type_ids": self.token_types.expand_as(input_ids)}
+
+    def write(self, tokens: torch.Tensor) -> None:
+        """Puts tokens (batch, n) behind each text."""
+        self.sequences.scatter_(1, self.lengths + self.along[: tokens.shape[1]], tokens)
+
+    def advance(self, verified: Verified, budget: torch.Tensor, context_vectors: torch.Tensor) -> torch.Tensor:
+        """Lengthens each text by what was emitted, and moves its root to the last of it.
+
+        Args:
+            budget: (batch,), what is left.
+            context_vectors: (batch, nodes, hidden_size).
+
+        Returns:
+            (batch,), how many nodes of the accepted path are now part of each text.
+        """
+        tokens, nodes, n_tokens = verified
+        if not self.drafts:
+            # As in `generate`: a row that has ended goes on with padding, until all have.
+            tokens = tokens.masked_fill(n_tokens[:, None] == 0, self.pad_token_id)
+            self.write(tokens)
+            n_tokens = n_tokens.amax().expand_as(n_tokens)
+        else:
+            if tokens.shape[1] > 1:
+                last = (n_tokens[:, None] - 1).clamp(min=0)  # 0 tokens: the row has ended, its draft is not used
+                tokens, nodes = tokens.gather(1, last), nodes.gather(1, last)
+            self.context_vector.copy_(at_nodes(context_vectors, nodes))
+        self.lengths.add_(n_tokens[:, None])
+        self.budget.copy_(budget)
+        self.root.copy_(tokens)
+        return n_tokens
+
+    def text(self, longest: int) -> torch.Tensor:
+        """(batch, longest), padded where rows have ended before."""
+        sequences = self.sequences[:, :longest]
+        past_end = torch.arange(longest, device=sequences.device) >= self.lengths
+        return sequences.masked_fill(past_end, self.pad_token_id)
+
+
+def at_nodes(vectors: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """(batch, nodes, size) at (batch, n) -> (batch, n, size)."""
+    return vectors.gather(1, nodes.to(vectors.device)[:, :, None].expand(-1, -1, vectors.shape[-1]))
