@@ -93,12 +93,12 @@ def test_the_text_is_told_by_steps():
 
 
 def test_the_tree_of_a_step():
-    branches = [row.split() for row in Spans(render([traced()], Bytes(), {})).found["branch"]]
-    right = chr(CONTINUATION.encode()[1])
-    # The likelier child first, and what it shares with the line above only once.
-    assert branches[0] == [right, "0.875,", "rank", "1", "=", "0.020,", "rank", "8"]
-    assert branches[1] == ["<", "0.010,", "rank", "9"]
-    assert branches[2][-2:] == ["rank", "2"]
+    found = Spans(render([traced()], Bytes(), {})).found
+    right, wrong = CONTINUATION[1], chr(ord(CONTINUATION[1]) + 1)
+    # The likelier child first; what a line shares with the one above stands only there.
+    expected = [f"{right} 0.875, rank 1", "= 0.020, rank 8", "", "< 0.010, rank 9", f"{wrong} 0.062, rank 2"]
+    assert found["node"][:5] == expected
+    assert len(found["branch"]) == 3 * sum(len(step.tokens) > 1 for step in traced().speculation.trace)
 
 
 def test_figures_and_positions():
