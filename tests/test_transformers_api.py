@@ -269,3 +269,37 @@ def test_what_training_needs_is_not_asked_for_by_generate(llama, anew, monkeypat
 def test_every_entry_serves_something_that_is_asked_for():
     """By the hook, the compiled step, the trainers; measuring only changes how others are timed."""
     assert {entry.serves for entry in USED + DEFINED} == {"generate", "compile", "measure", "train"}
+
+
+def calls_of_super() -> list[tuple[type, str, ast.Call]]:
+    """Calls of what transformers defines and a class here overrides: the class, the method, the call."""
+    found = []
+    for file, tree in TREES.items():
+        if file.startswith("recipes"):
+            continue
+        parts = Path(file).with_suffix("").parts
+        parts = parts if parts[0] == "modeling_speculator" else ("modeling_speculator", *parts)
+        module = import_module(".".join(parts).removesuffix(".__init__"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            for call in (call for call in ast.walk(node) if isinstance(call, ast.Call)):
+                match call.func:
+                    case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=[]), attr=name):
+                        found.append((getattr(module, node.name), name, call))
+    return found
+
+
+def test_what_is_handed_on_fits_the_installed_release():
+    """Arguments of `super().method(...)`, where the method is public, and may have others in another release."""
+    seen = set()
+    for ours, name, call in calls_of_super():
+        for user in [ours, *ours.__subclasses__()]:  # a mixin's next is its users'
+            method = getattr(super(ours, user), name, None)
+            if method is None or not getattr(method, "__module__", "").startswith("transformers"):
+                continue
+            if any(isinstance(part, ast.Starred) for part in call.args):
+                continue
+            given = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+            bound = list(inspect.signature(method).parameters)[:1] == ["self"]  # looked up in a class: not bound
+            inspect.signature(method).bind_partial(*([None] * (len(call.args) + bound)), **given)
+            seen.add((ours.__name__, name))
+    assert ("PublishingTrainer", "init_hf_repo") in seen and ("WholeCheckpoints", "save_pretrained") in seen

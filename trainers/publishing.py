@@ -33,13 +33,14 @@ class PublishingTrainer(SafeTrainer):
             raise ValueError("What is pushed are whole weights: set `fsdp_state_dict_type: FULL_STATE_DICT`.")
         tag = tag_of(self.args.hub_version) if self.args.hub_version is not None else None
         check_base_model(self.model.config.base_model_name_or_path)
-        super().init_hf_repo(token, private)
+        if private is not None:
+            self.args.hub_private_repo = private  # before 5.24 transformers takes it from there only
+        super().init_hf_repo(token)
         if not self.is_world_process_zero():
             return
         api = HfApi(token=token or self.args.hub_token)
         check_base_is_there(api, self.hub_model_id, self.model.config.to_dict())
-        private = self.args.hub_private_repo if private is None else private
-        check_repository(api, self.hub_model_id, api.repo_info(self.hub_model_id), private)
+        check_repository(api, self.hub_model_id, api.repo_info(self.hub_model_id), self.args.hub_private_repo)
         if tag in list_versions(self.hub_model_id, api.token) and latest_checkpoint(self.args.output_dir) is None:
             raise ValueError(f"{self.hub_model_id} has a version {tag} already. Set another `hub_version`.")
 
