@@ -17,7 +17,7 @@ from .candidates import CandidateSelection
 from .cells import CELLS, MLPSpeculatorRMSNorm
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .formats import REPEATED_KEYS
-from .whole_checkpoints import WholeCheckpoints
+from .persistence import WholeCheckpoints
 
 
 @dataclass

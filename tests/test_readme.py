@@ -1,4 +1,4 @@
-"""The README's lines, on models that are here."""
+"""What README and docs show is run here, on models that are here, and what they name is there."""
 
 import re
 import shlex
@@ -13,7 +13,16 @@ from modeling_speculator.trainers import parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "recipes").glob("**/*.md")),
+    ]
+}
+# Python that goes on from one page to the next.
+IN_ORDER = "".join(PAGES[name] for name in ("README.md", "docs/generate.md", "docs/measure.md"))
 
 
 def test_the_code_on_generation(tmp_path, capsys):
@@ -25,8 +34,8 @@ def test_the_code_on_generation(tmp_path, capsys):
     config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, base_model_name_or_path=base_model)
     MLPSpeculatorPreTrainedModel(config).save_pretrained(speculator)
 
-    blocks = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "model.generate(" in code]
-    assert len(blocks) == 8
+    blocks = re.findall(r"```python\n(.*?)```", IN_ORDER, re.DOTALL)
+    assert len(blocks) == 9
     names = r'"meta-llama/[^"]*", "ibm-ai-platform/[^"]*"'
     assert re.search(names, blocks[0])
     variables = {}
@@ -39,22 +48,36 @@ def test_the_code_on_generation(tmp_path, capsys):
     assert variables["cache"].get_seq_length() == variables["text"].shape[1] - 1
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_python_is_run_or_imports(page):
+    """All python: what goes on from the README is run above; other blocks name what is there."""
+    for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+        if code not in IN_ORDER:
+            imports = re.findall(r"^(?:from|import) .*", code, re.MULTILINE)
+            assert imports
+            exec("\n".join(imports))
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 12_000
+
+
 def test_every_file_of_the_tree_is_there():
-    (tree,) = re.findall(r"```\n(modeling_speculator/\n.*?)```", README, re.DOTALL)
+    (tree,) = re.findall(r"```\n(modeling_speculator/ .*?)```", PAGES["docs/develop.md"], re.DOTALL)
     folder, named = None, set()
     for line in tree.splitlines():
         if line.startswith("  "):
             named |= {f"{folder}/{name}" for name in re.findall(r"\w+\.py\b", line)}
         else:
-            folder = line.split("/")[0]
-    for folder in ("modeling_speculator", "trainers", "model_cards", "recipes"):
+            folder = line.split("/ ")[0]
+    for folder in ("modeling_speculator", "modeling_speculator/measuring", "trainers", "model_cards", "recipes"):
         files = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")} - {f"{folder}/__init__.py"}
-        assert {name for name in named if name.startswith(f"{folder}/")} == files
+        assert {name for name in named if Path(name).parent == Path(folder)} == files
 
 
 COMMANDS = [
     command.replace("\\\n", " ")
-    for page in (README, (ROOT / "recipes/README.md").read_text())
+    for page in PAGES.values()
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for command in re.findall(r"^((?:.*\\\n)*.*train_speculator\.py(?:.*\\\n)*.*)$", block, re.MULTILINE)
 ]
@@ -74,10 +97,44 @@ def test_commands_that_train(command, tmp_path):
 
 
 def test_there_are_commands_that_train():
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) >= 9
+
+
+OTHERS = [
+    command.replace("\\\n", " ")
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for command in re.findall(r"^(python recipes/(?!train_speculator)(?:.*\\\n)*.*)$", block, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_other_commands_have_the_flags_that_are_shown(command):
+    words = shlex.split(command)
+    shared = (ROOT / "modeling_speculator/measuring/parsers.py").read_text()
+    known = set(re.findall(r'"(--\w+)"', (ROOT / words[1]).read_text() + shared))
+    assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "recipes/README.md"):
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            assert link.startswith("https://") or (page.parent / link).exists(), link
+    for name, page in PAGES.items():
+        for link, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page):
+            target = (ROOT / name).parent / link if link else ROOT / name
+            assert link.startswith("https://") or target.exists(), (name, link)
+            if heading and not link.startswith("https://"):
+                slugs = [
+                    re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in headings(target)
+                ]
+                assert heading in slugs, (name, link, heading)
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"^#+ .*$", page.read_text(), re.MULTILINE)
+
+
+def test_a_page_answers_a_question_and_begins_with_the_command():
+    for name, page in PAGES.items():
+        if name.startswith("docs/"):
+            question, _, rest = page.partition("\n")
+            assert question.startswith("# ") and question.endswith("?"), name
+            assert rest.strip().startswith("```bash"), name
