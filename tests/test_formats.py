@@ -2,10 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,9 +212,7 @@ def test_the_command(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     write_provenance(tmp_path / "ours", {"steps": 3})
 
-    def run(*flags):
-        return subprocess.run([sys.executable, RECIPE, *map(str, flags)], capture_output=True, text=True)
-
+    run = partial(commands.run, RECIPE)
     done = run("--speculator", tmp_path / "ours", "--to", "arctic", "--output", tmp_path / "arctic")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in done.stdout

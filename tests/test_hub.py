@@ -8,8 +8,10 @@ import subprocess
 import sys
 import sysconfig
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from hub_server import TOKEN, problems_of
@@ -451,20 +453,23 @@ def test_without_the_package(hub, client, base, repo, method, tmp_path):
 
 
 def test_the_commands(hub, base, repo, tmp_path):
-    env = os.environ | hub.environment(tmp_path / "home")
+    env = hub.environment(tmp_path / "home")
     save(tmp_path / "a", seed=300)
 
-    def run(*command, **more):
-        return subprocess.run(list(map(str, command)), env=env | more, capture_output=True, text=True)
+    def run_elsewhere(*command, **more):
+        """In an environment of its own."""
+        command = [sys.executable, *map(str, command)]
+        return subprocess.run(command, env=os.environ | env | more, capture_output=True, text=True)
 
-    push = [sys.executable, RECIPE, "--speculator", tmp_path / "a", "--repo_id", repo, "--version", "1.0.0"]
+    run = partial(commands.run, env=env)
+    push = [RECIPE, "--speculator", tmp_path / "a", "--repo_id", repo, "--version", "1.0.0"]
     dry = run(*push, "--dry_run")
     assert dry.returncode == 0, dry.stderr
     assert "model.safetensors" in dry.stdout and "Would be sent to" in dry.stdout and repo not in hub.repositories
-    nobody = run(*push, HF_TOKEN="", HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
+    nobody = run_elsewhere(*push, HF_TOKEN="", HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
     assert nobody.returncode == 1 and "The same command goes on" in nobody.stderr
-    hub.fail("/lfs/", status=None, times=50, method="PUT")
-    cut = run(*push, "--private", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    hub.fail("/lfs/", status=400, times=50, method="PUT")  # which the client does not try again
+    cut = run(*push, "--private")
     hub.faults.clear()
     assert cut.returncode == 1 and "the same command goes on" in cut.stderr.lower() and "Traceback" not in cut.stderr
     done = run(*push, "--private")
@@ -472,10 +477,10 @@ def test_the_commands(hub, base, repo, tmp_path):
     assert "Sent:" in done.stdout and TOKEN not in done.stdout + done.stderr
     assert hub.repositories[repo].private
     assert run(*push).stdout.splitlines()[-1].startswith("Nothing new to send")
-    listed = run(sys.executable, RECIPE, "--repo_id", repo, "--list")
+    listed = run(RECIPE, "--repo_id", repo, "--list")
     assert listed.stdout.split() == ["v1.0.0", hub.repositories[repo].tags["v1.0.0"]]
-    hf = (sys.executable, "-m", "huggingface_hub.cli.hf")
-    downloaded = run(*hf, "download", repo, "--revision", "v1.0.0", "--local-dir", tmp_path / "there")
+    hf = ("-m", "huggingface_hub.cli.hf")
+    downloaded = run_elsewhere(*hf, "download", repo, "--revision", "v1.0.0", "--local-dir", tmp_path / "there")
     assert downloaded.returncode == 0, downloaded.stderr
     for name in ("model.safetensors", "README.md", "custom_generate/generate.py"):
         assert (tmp_path / "there" / name).read_bytes() == hub.files(repo, "v1.0.0")[name]

@@ -1,10 +1,9 @@
 """Quality reports: what is the same is found to be, what is not is not."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
@@ -117,8 +116,7 @@ def test_the_command(tmp_path, speculator):
         "--output",
         tmp_path / "q.json",
     ]
-    command = [str(part) for part in [sys.executable, RECIPE, *models, *flags]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = commands.run(RECIPE, *models, *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "q.json").read_text())
     assert (report["prompts"], report["identical_outputs"], report["samples"]) == (3, 3, 6)

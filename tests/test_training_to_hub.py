@@ -1,12 +1,10 @@
 """The whole way: a speculator is trained beside a base model of the Hub, measured, pushed, and loaded from there."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 from hub_server import TOKEN
 from tiny_models import VOCAB, tiny_model, word_tokenizer
@@ -45,13 +43,13 @@ def test_trained_measured_pushed_loaded(hub, client, tmp_path):
     documents = [" ".join(random.Random(seed).choices(words, k=80)) for seed in range(60)]
     lines = (json.dumps({"text": document}) + "\n" for document in documents)
     (tmp_path / "texts.jsonl").write_text("".join(lines))
-    env = os.environ | hub.environment(tmp_path / "home")
+    env = hub.environment(tmp_path / "home")
 
     def run(script, returncode=0, **flags):
-        command = [sys.executable, str(RECIPES / script)]
+        arguments = []
         for name, value in flags.items():
-            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+            arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        done = commands.run(RECIPES / script, *arguments, env=env)
         assert done.returncode == returncode, done.stderr
         assert TOKEN not in done.stdout + done.stderr
         return done.stderr
