@@ -65,6 +65,7 @@ def main() -> None:
         finally:  # where one fails, or is interrupted, those that wait are not begun
             pool.shutdown(cancel_futures=True)
     report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
+    report |= {"base_model": str(args.base_model)}
     report |= {"versions": benchmarking.versions(), "machine": benchmarking.machine()}
     args.results.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(run_script(RECIPES / "plot_sweep.py", str(args.results)))
