@@ -5,6 +5,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..measuring.benchmarking import machine_name
+
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["speculative-decoding", "speculator", "mlp_speculator"]
@@ -225,8 +227,8 @@ def provenance_lines(config, provenance: dict | None) -> list[tuple[str, str]]:
 
 
 def _machine(machine: dict, versions: dict) -> str:
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    return f"{where}, {machine['date']}, torch {versions['torch']}, transformers {versions['transformers']}"
+    where = f"{machine_name(machine)}, {machine['date']}"
+    return f"{where}, torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def _number(value: float | None) -> str:

@@ -11,18 +11,19 @@ reason in its row. Killed and run again, it goes on where it was.
 
 import argparse
 import json
+from functools import partial
 from itertools import product
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 from modeling_speculator.checks import main_device
 from modeling_speculator.command_line import GOES_ON, count, named_folder, output_folder, run
 from modeling_speculator.drafters import dials_of, is_drafter
 from modeling_speculator.loading import load_base_model, load_drafter
+from modeling_speculator.measuring import plots
 from modeling_speculator.measuring.benchmarking import digest, machine, versions, warn_of_other_work
 from modeling_speculator.measuring.latency import measure_latency
+from modeling_speculator.measuring.latency_report import figure, page, short_table
 from modeling_speculator.measuring.methods import expand_methods
 from modeling_speculator.measuring.parsers import timing_parser
 from modeling_speculator.measuring.prompts import check_context, cut_prompts, digest_of, read_prompts
@@ -30,9 +31,6 @@ from modeling_speculator.measuring.records import RecordFile
 
 
 AXES = ("batch_size", "prompt_length")
-COLUMNS = ("method", "n_candidates", "top_k_tokens_per_head", *AXES, "speedup", "tokens_per_second", "range",
-           "tokens_per_step", "first_token_ms", "ms_per_token", "identical_outputs", "looping",
-           "gib_beside_weights")  # fmt: skip
 
 
 def main() -> None:
@@ -73,12 +71,15 @@ def main() -> None:
             if (drafter := row["method"].rpartition(":")[2]) in weights:
                 row["weights"] = weights[drafter]
         file.add([{"cell": cell, "rows": measured}])
-        print(tabulate(file.records[-1]["rows"]), flush=True)
+        print(short_table(measured), flush=True)
     rows = [row for record in file.records for row in record["rows"]]
     (args.output / "latency.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "latency.md").write_text(tabulate(rows))
-    plot(rows, args.output / "latency.png")
-    print(f"Written: {args.output}/latency.json, .md, .png")
+    models = {"base model": args.base_model} | paths
+    about = {"models": models, "dtype": str(model.dtype), "machine": machine(), "versions": versions()}
+    (args.output / "latency.md").write_text(page(rows, args.rounds, **about))
+    title = plots.title("Speed-up over plain generate", models, machine())
+    drawn = plots.write(args.output, {"latency.png": partial(figure, rows, title)})
+    print(f"Written to {args.output}: {', '.join(['latency.json', 'latency.md', *drawn])}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,41 +108,6 @@ def cut_cells(args, model, tokenizer, texts: list[list[int]]) -> dict[tuple[int,
     if all(isinstance(prompts, str) for prompts in cells.values()):
         raise ValueError(next(iter(cells.values())))
     return cells
-
-
-def tabulate(rows: list[dict]) -> str:
-    """Without the columns that no row fills."""
-    rows = [row | {"range": " to ".join(map(show, row.get("tokens_per_second_range", [])))} for row in rows]
-    columns = [column for column in COLUMNS if any(row.get(column) not in (None, "") for row in rows)]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        problem = row.get("skipped") or row.get("error", "").partition("\n")[0][:100]
-        cells = {column: show(row.get(column)) for column in columns} | ({"speedup": problem} if problem else {})
-        lines.append("| " + " | ".join(cells.values()) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def show(value) -> str:
-    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Speed-up over each axis, the others at their first value, the number of candidates at the fastest above 0."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
-    first = {axis: rows[0][axis] for axis in AXES}
-    done = [row for row in rows if "speedup" in row]
-    for axes, axis in zip(panels, ("n_candidates", *AXES), strict=True):
-        here = [row for row in done if all(row[key] == value for key, value in first.items() if key != axis)]
-        here = [row for row in here if axis == "n_candidates" or row.get("n_candidates") != 0]
-        for method in dict.fromkeys(row["method"] for row in here):
-            best = {}
-            for row in (row for row in here if row["method"] == method and axis in row):
-                best[row[axis]] = max(row["speedup"], best.get(row[axis], 0))
-            axes.plot(*zip(*sorted(best.items()), strict=True) if best else ([], []), "o-", label=method)
-        axes.axhline(1, color="gray", linewidth=0.8)
-        axes.set(xlabel=axis, ylabel="x generate")
-    panels[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

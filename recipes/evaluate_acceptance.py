@@ -11,9 +11,7 @@ Killed and run again, it goes on where it was.
 
 import argparse
 import json
-from pathlib import Path
-
-import matplotlib.pyplot as plt
+from functools import partial
 
 from modeling_speculator.command_line import (
     GOES_ON,
@@ -25,6 +23,7 @@ from modeling_speculator.command_line import (
 )
 from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.measuring import acceptance_report, plots
 from modeling_speculator.measuring.acceptance import measure_prompts, summarize_categories
 from modeling_speculator.measuring.benchmarking import digest, machine, versions
 from modeling_speculator.measuring.parsers import continuing_parser
@@ -64,13 +63,17 @@ def main() -> None:
     # At the top what is greedy, and beside it what is sampled.
     report = report.pop("greedy") | report | {"settings": settings, "versions": versions(), "machine": machine()}
     (args.output / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")
-    table = tabulate(report)
-    (args.output / "acceptance.md").write_text(table)
-    plot(report, args.output / "acceptance.png")
-    lengths = [n for n in sorted({*args.prompt_length}) if f"{n} tokens" in report.get("categories", {})]
-    if lengths:
-        plot_lengths(report, lengths, args.output / "acceptance_by_length.png")
-    print(f"\n{table}\nWritten: {args.output}/acceptance.json, .md, .png")
+    page = acceptance_report.page(report)
+    (args.output / "acceptance.md").write_text(page)
+    models = {"base model": args.base_model, "speculator": args.speculator}
+    title = plots.title("Acceptance, by position", models, report["machine"])
+    drawings = {"acceptance.png": partial(acceptance_report.figure, report, title)}
+    if args.prompt_length:
+        title = plots.title("Acceptance, by length of the prompt", models, report["machine"])
+        drawing = partial(acceptance_report.figure_of_lengths, report, args.prompt_length, title)
+        drawings["acceptance_by_length.png"] = drawing
+    drawn = plots.write(args.output, drawings)
+    print(f"\n{page}\nWritten to {args.output}: {', '.join(['acceptance.json', 'acceptance.md', *drawn])}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,61 +86,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--n_heads", type=positive)
     parser.add_argument("--top_k_tokens_per_head", type=positive, nargs="+")
     return parser.parse_args()
-
-
-def modes_of(report: dict) -> dict[str, dict]:
-    return {"greedy": report} | ({"sampled": report["sampled"]} if "sampled" in report else {})
-
-
-def tabulate(report: dict) -> str:
-    lines = ["| | prompts | tokens per step | 95 % | without loops | simulated | accepted per position | accuracy |"]
-    lines.append("|---" * 8 + "|")
-    for mode, figures in modes_of(report).items():
-        for name, row in {mode: figures, **figures.get("categories", {})}.items():
-            cells = [name, row["prompts"], number(row["tokens_per_step"])]
-            cells.append(" to ".join(map(number, row["tokens_per_step_interval"] or [])))
-            without = number(row["tokens_per_step_without_loops"])
-            cells.append(f"{without} ({row['looping']} loop)" if row["looping"] else without)
-            cells.append(number(row["simulated_tokens_per_step"]))
-            cells += [", ".join(map(number, row[key])) for key in ("accepted_per_position", "teacher_forced_accuracy")]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for mode, figures in modes_of(report).items():
-        if figures["partings"]:
-            lines.append(f"\n{mode}: simulation and generation part in {len(figures['partings'])} continuations.")
-    return "\n".join(lines) + "\n"
-
-
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def plot(report: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for at, (mode, row) in enumerate(modes_of(report).items()):
-        positions = range(1, len(row["accepted_per_position"]) + 1)
-        label = f"accepted, {mode}: {number(row['tokens_per_step'])} tokens per step"
-        axes.plot(positions, row["accepted_per_position"], f"C{at}o-", label=label)
-        style = {"color": f"C{at}", "marker": ".", "linestyle": "--"}
-        axes.plot(positions, row["teacher_forced_accuracy"], **style, label=f"head is right, fed the truth, {mode}")
-    axes.set(xlabel="drafted token, head", ylabel="share of steps, of positions", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
-def plot_lengths(report: dict, lengths: list[int], path: Path) -> None:
-    """Tokens per step over the length of prompts, with their intervals."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for mode, row in modes_of(report).items():
-        rows = [row["categories"][f"{length} tokens"] for length in lengths]
-        intervals = [row["tokens_per_step_interval"] or [row["tokens_per_step"]] * 2 for row in rows]
-        axes.fill_between(lengths, *zip(*intervals, strict=True), alpha=0.2)
-        axes.plot(lengths, [row["tokens_per_step"] for row in rows], ".-", label=mode)
-    axes.set(xscale="log", xlabel="tokens of the prompt", ylabel="tokens per step")
-    axes.set_xticks(lengths, lengths)
-    axes.minorticks_off()
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,18 @@ python recipes/plot_sweep.py outputs/sweeps/heads/results.json
 import json
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from modeling_speculator.command_line import parser_of, run
+from modeling_speculator.measuring import plots
+
+
+MODES = ("greedy", "sampled")
+TOKENS_PER_STEP = "tokens per step on held-out prompts"
+DEFAULT_LOSS = "cross_entropy"  # sweeps/stage1.yaml and stage2.yaml name none
+# What a loss depends on beside its name: values are compared only where all of these are the same.
+LOSS_KEYS = ("loss_weights", "head_weights", "target_temperature", "target_top_k")
 
 
 def main() -> None:
@@ -18,18 +25,26 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     path = parser.parse_args().results
     try:
-        rows = json.loads(path.read_text())["rows"]
+        results = json.loads(path.read_text())
+        rows, variants, machine = results["rows"], results["sweep"]["variants"], results["machine"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no results.json of sweep.py.") from error
     by_variant = {}
     for row in rows:
         by_variant.setdefault(row["variant"], []).append(row)
     show(by_variant)
-    plot_tokens_per_step(by_variant, path.with_name(f"{path.stem}_tokens_per_step.png"))
-    plot_losses(by_variant, path.with_name(f"{path.stem}_losses.png"))
+    models = {"base model": results["base_model"]} if "base_model" in results else {}
+    title = partial(plots.title, models=models, machine=machine)
     by_heads = {rows[0]["n_predict"]: rows for name, rows in by_variant.items() if re.fullmatch(r"\d+ heads?", name)}
-    if len(by_heads) > 1:
-        plot_heads(by_heads, path.with_name(f"{path.stem}_by_heads.png"))
+    drawings = {
+        "tokens_per_step": partial(tokens_per_step, by_variant, title("Tokens per step of ways to train")),
+        "losses": partial(losses, by_variant, variants, title("Losses in training, of the first seed")),
+    }
+    if by_heads:
+        drawings["by_heads"] = partial(over_heads, by_heads, title("Tokens per step, by the number of heads"))
+    drawn = plots.write(path.parent, {f"{path.stem}_{name}.png": drawing for name, drawing in drawings.items()})
+    if drawn:
+        print(f"Written to {path.parent}: {', '.join(drawn)}")
 
 
 def show(by_variant: dict[str, list[dict]]) -> None:
@@ -38,7 +53,7 @@ def show(by_variant: dict[str, list[dict]]) -> None:
     print("| | tokens per step, greedy | | | sampled | | | parameters, M |\n|---|---|---|---|---|---|---|---|")
     for variant, rows in by_variant.items():
         cells = [variant]
-        for name in ("greedy", "sampled"):
+        for name in MODES:
             values, others = [row[name] for row in rows], [row[name] for row in first]
             cells += [
                 f"{statistics.mean(values):.3f}",
@@ -55,58 +70,66 @@ def verdict(values: list[float], others: list[float]) -> str:
     return f"{100 * (statistics.mean(values) / statistics.mean(others) - 1):+.1f} %"
 
 
-def plot_tokens_per_step(by_variant: dict[str, list[dict]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 1.5 + 0.3 * len(by_variant)), layout="constrained")
-    for offset, name in ((0.15, "greedy"), (-0.15, "sampled")):
-        for at, rows in enumerate(by_variant.values()):
-            values = [row[name] for row in rows]
-            color = {"greedy": "C0", "sampled": "C1"}[name]
-            axes.plot(values, [-at + offset] * len(values), ".", color=color, alpha=0.5)
-            axes.plot(
-                [statistics.mean(values)],
-                [-at + offset],
-                "|",
-                color=color,
-                markersize=10,
-                label=name if not at else "",
-            )
-    axes.set_yticks([-at for at in range(len(by_variant))], by_variant)
-    axes.set_xlabel("tokens per step on held-out prompts")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    figure.savefig(path, dpi=150)
-    print(f"Written: {path}")
+def tokens_per_step(by_variant: dict[str, list[dict]], title: str):
+    """A row a variant: a dot for each seed, and a line at their mean; None of a single variant."""
+    if len(by_variant) < 2:
+        return None
+    figure, (axes,) = plots.panels(title, size=(6, 1 + 0.3 * len(by_variant)))
+    for at, (offset, mode) in enumerate(zip((-0.15, 0.15), MODES, strict=True)):
+        for place, rows in enumerate(by_variant.values()):
+            values, color = [row[mode] for row in rows], plots.style(at)["color"]
+            axes.plot(values, [place + offset] * len(values), ".", color=color, alpha=0.5, label=f"{mode}, a seed")
+            axes.plot(statistics.mean(values), place + offset, "|", color=color, markersize=10, label=f"{mode}, mean")
+    axes.set_yticks(range(len(by_variant)), by_variant)
+    axes.set(xlabel=TOKENS_PER_STEP, ylabel="variant", ylim=(len(by_variant) - 0.5, -0.5))
+    plots.legend(figure)
+    return figure
 
 
-def plot_heads(by_heads: dict[int, list[dict]], path: Path) -> None:
-    """Tokens per step over the number of heads."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name in ("greedy", "sampled"):
-        points = sorted((heads, statistics.mean(row[name] for row in rows)) for heads, rows in by_heads.items())
-        axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.set(xlabel="heads", ylabel="tokens per step on held-out prompts", ylim=(1, None))
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    print(f"Written: {path}")
+def over_heads(by_heads: dict[int, list[dict]], title: str):
+    """Means over the seeds; None of a single number of heads."""
+    if len(by_heads) < 2:
+        return None
+    figure, (axes,) = plots.panels(title)
+    for at, mode in enumerate(MODES):
+        points = [(heads, statistics.mean(row[mode] for row in rows)) for heads, rows in by_heads.items()]
+        plots.line(axes, points, at, f"{mode}, mean of the seeds")
+    plots.whole_numbers(axes, by_heads)
+    axes.set(xlabel="heads", ylabel=TOKENS_PER_STEP)
+    plots.legend(figure)
+    return figure
 
 
-def plot_losses(by_variant: dict[str, list[dict]], path: Path) -> None:
-    """Of the first seed, a panel a stage. Losses of different kinds or numbers of heads are not comparable."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, stage in zip(panels, ("stage1", "stage2"), strict=True):
-        for number, (variant, rows) in enumerate(by_variant.items()):
-            curve = rows[0]["losses"].get(stage)
-            if curve:
-                heads = rows[0]["n_predict"]
-                style = ("-", "--", ":")[number // 10 % 3]
-                axes.plot(*zip(*[(step, loss / heads) for step, loss in curve], strict=True), style, label=variant)
-        axes.set(xlabel="step", ylabel="loss per head", title=stage.replace("stage", "stage "))
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=150)
-    print(f"Written: {path}")
+def losses(by_variant: dict[str, list[dict]], variants: dict[str, dict], title: str):
+    """A panel for each kind of loss in each stage; None where none was logged twice."""
+    curves = {}
+    for variant, rows in by_variant.items():
+        for stage, curve in rows[0]["losses"].items():
+            per_head = [(step, loss / rows[0]["n_predict"]) for step, loss in curve]
+            if len(per_head) > 1:
+                curves.setdefault(kind_of_loss(variants[variant], stage), {})[variant] = per_head
+    if not curves:
+        return None
+    numbers = {variant: number for number, variant in enumerate(by_variant)}
+    by_stage = sorted(curves.items(), key=lambda item: item[0].partition(":")[0])
+    figure, panels = plots.panels(title, len(curves))
+    for axes, (kind, by_name) in zip(panels, by_stage, strict=True):
+        for variant, curve in by_name.items():
+            plots.line(axes, curve, numbers[variant], variant, marker="")
+        plots.whole_numbers(axes, [step for curve in by_name.values() for step, _ in curve])
+        axes.set(xlabel="training step", ylabel="loss, mean over the heads")
+        axes.set_title(kind, fontsize="small")
+    plots.legend(figure)
+    return figure
+
+
+def kind_of_loss(variant: dict, stage: str) -> str:
+    """The stage, and the loss of a variant there with all that its value depends on."""
+    options = variant | variant.get(stage, {})
+    loss = options.get("loss", DEFAULT_LOSS)
+    names = [loss] if isinstance(loss, str) else loss
+    more = [f"{key} {options[key]}" for key in LOSS_KEYS if key in options]
+    return "\n".join([f"{stage.replace('stage', 'stage ')}: {' + '.join(names)}", *more])
 
 
 if __name__ == "__main__":

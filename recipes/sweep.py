@@ -65,6 +65,7 @@ def main() -> None:
         finally:  # where one fails, or is interrupted, those that wait are not begun
             pool.shutdown(cancel_futures=True)
     report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
+    report |= {"base_model": str(args.base_model)}
     report |= {"versions": benchmarking.versions(), "machine": benchmarking.machine()}
     args.results.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(run_script(RECIPES / "plot_sweep.py", str(args.results)))
@@ -107,8 +108,9 @@ def run(stage: int, flags: dict) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     for other in folder.parents[1].glob("*/stage*/flags.json"):  # variants may differ in stage 2 only
-        theirs = json.loads(other.read_text()) | {"output_dir": flags["output_dir"]}
-        if theirs == flags and (other.parent / LAST).is_file():
+        if not (other.parent / LAST).is_file():  # perhaps its flags are being written
+            continue
+        if json.loads(other.read_text()) | {"output_dir": flags["output_dir"]} == flags:
             copy = shutil.copytree(other.parent, folder.with_name("unfinished"), dirs_exist_ok=True)
             (copy / made_with.name).write_text(json.dumps(flags))
             copy.rename(folder)

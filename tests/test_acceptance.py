@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from figures import check_figure, names, ticks
 from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.context_vectors import read_context_vectors
+from modeling_speculator.measuring import acceptance_report, plots
 from modeling_speculator.measuring.acceptance import (
     bootstrap_interval,
     head_accuracy,
     measure_acceptance,
     measure_prompts,
     summarize,
+    summarize_categories,
 )
 from modeling_speculator.measuring.prompts import Prompt
 from modeling_speculator.measuring.records import RecordFile
@@ -179,6 +182,71 @@ def test_the_interval_is_over_prompts():
     assert bootstrap_interval([record(0, [2, 2])]) is None
 
 
+CPU = {"processor": "a CPU", "threads": 2, "date": "2026-01-02"}
+TITLE = plots.title("Acceptance", {"base model": "org/base", "speculator": "org/draft"}, CPU)
+
+
+def report(records, n_predict=2, sampled=None):
+    """As the command makes it."""
+    modes = {"greedy": records} | ({"sampled": sampled} if sampled else {})
+    found = {mode: summarize_categories(each, n_predict) for mode, each in modes.items()}
+    found["greedy"]["sampling"] = None
+    if sampled:
+        found["sampled"]["sampling"] = {"temperature": 0.5, "top_k": 10}
+    settings = {
+        "base_model": "org/base",
+        "speculator": "runs/draft",
+        "dtype": "torch.float32",
+        "prompts": "some.jsonl",
+    }
+    about = {"settings": settings, "machine": CPU, "versions": {"torch": "2.13"}}
+    return found.pop("greedy") | found | about
+
+
+def test_the_report():
+    records = [record(0, [3, 1, 2], category="qa"), record(1, [3, 3], [3, 2, 1], category="code")]
+    page = acceptance_report.page(report(records, sampled=records[:1]))
+    head, _, rest = page.partition("\n\n| texts |")
+    assert head.startswith("# Acceptance\n") and "| speculator | runs/draft |\n| date | 2026-01-02 |" in head
+    assert "| dtype | float32 |" in head
+    measured = "2 prompts of some.jsonl, 18 new tokens greedy and 9 new tokens sampled (temperature 0.5, top_k 10)"
+    assert f"| measured | {measured} |" in head
+    table, columns, parting = rest.split("\n\n")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| greedy", "| greedy, qa", "| greedy, code", "| sampled"
+    ]  # fmt: skip
+    assert "| greedy, qa | 1 | 2.000 |  | 2.000 | 2.000 | 0.667, 0.333 | 0.375, 0.250 |" in table
+    assert len(columns.splitlines()) == 1 + table.splitlines()[0].count("|")
+    assert parting == "greedy: simulation and generation part in 1 continuations.\n"
+
+
+def test_the_plot_by_position():
+    found = report([record(0, [3, 1, 2])], sampled=[record(0, [1, 1, 2])])
+    accepted, right = check_figure(figure := acceptance_report.figure(found, TITLE), "org/base", "org/draft", "a CPU")
+    assert ticks(accepted) == ticks(right) == [1, 2]
+    assert accepted.get_xlabel() == "drafted token" and right.get_xlabel() == "head, fed the true tokens"
+    assert [line.get_ydata().tolist() for line in accepted.lines] == [[2 / 3, 1 / 3], [1 / 3, 0]]
+    assert [line.get_ydata().tolist() for line in right.lines] == [[3 / 8, 1 / 4]] * 2
+    assert names(figure) == ["greedy: 2.00 tokens per step", "sampled: 1.33 tokens per step"]
+
+
+def test_the_plot_by_length():
+    records = [record(n, [3, 1 + n % 2], category=f"{16 * 2 ** (n // 4)} tokens") for n in range(16)]
+    found = report(records, sampled=records)
+    (axes,) = check_figure(figure := acceptance_report.figure_of_lengths(found, [128, 16, 32, 64], TITLE), "org/draft")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("prompt length (tokens)", "tokens per step")
+    assert ticks(axes) == [16, 32, 64, 128]
+    assert axes.lines[0].get_xydata().tolist() == [[length, 2.25] for length in (16, 32, 64, 128)]
+    assert len(axes.collections) == 2 and names(figure) == ["greedy", "sampled"]
+
+
+def test_there_is_no_plot_of_a_point():
+    of_one_head = report([record(0, [2, 1]) | {"correct": [3], "correct_top_k": [4], "counted": [8]}], n_predict=1)
+    assert acceptance_report.figure(of_one_head, TITLE) is None
+    assert acceptance_report.figure(report([record(0, [])]), TITLE) is None  # no step was made
+    assert acceptance_report.figure_of_lengths(report([record(0, [2, 1], category="16 tokens")]), [16], TITLE) is None
+
+
 def test_an_interrupted_measurement_goes_on(llama, speculator, tmp_path):
     tokenizer = character_tokenizer(eos_token="z")
     asked = [Prompt("", ("abc", "def")), Prompt("", ("g",)), Prompt("", ("hi", "jkl")), Prompt("", ("mnop",))]
@@ -223,6 +291,7 @@ def test_the_command(saved, tmp_path):
     assert report["settings"]["n_candidates"] == 2
     assert report["sampled"]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     assert "| greedy | 3 |" in done.stdout and "| sampled | 3 |" in done.stdout
+    assert (tmp_path / "out/acceptance.md").read_text() in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "acceptance.json", "acceptance.md", "acceptance.png", "greedy.jsonl", "sampled.jsonl"
     }  # fmt: skip

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from figures import check_figure, names, ticks
 from safetensors.torch import load_file
+from test_head_to_head import load
 from tiny_models import HIDDEN, VOCAB, tiny_model, word_tokenizer
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -114,6 +116,7 @@ def test_sweep(tmp_path):
         done = subprocess.run(map(str, command), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "| 2 heads | 1." in done.stdout
+        assert "Without results_losses.png: fewer than two points" in done.stdout  # of so few steps none are logged
         times.append({path: path.stat().st_mtime for path in output.rglob("model.safetensors")})
     assert len(times[0]) == 5
     assert times[0] == times[1]
@@ -129,4 +132,49 @@ def test_sweep(tmp_path):
     assert report["rows"][0]["n_predict"] == 1
     assert report["rows"][0]["losses"].keys() == {"stage1", "stage2"}
     plots = {path.name for path in output.glob("*.png")}
-    assert plots == {"results_tokens_per_step.png", "results_losses.png", "results_by_heads.png"}
+    assert plots == {"results_tokens_per_step.png", "results_by_heads.png"}
+    assert report["base_model"] == str(base_model)
+
+
+def trained(n_predict=2, greedy=(2.0, 2.2), steps=(20, 40, 60)):
+    """Rows of a variant, of two seeds."""
+    losses = {stage: [[step, 6.0 / step] for step in steps] for stage in ("stage1", "stage2")}
+    return [{"n_predict": n_predict, "losses": losses, "greedy": value, "sampled": value / 2} for value in greedy]
+
+
+def test_losses_of_different_kinds_have_panels_of_their_own():
+    kl = {"loss": ["forward_kl"], "target_temperature": 0.25}
+    mixed = {"loss": ["cross_entropy", "forward_kl"], "loss_weights": [0.5, 0.5]}
+    variants = {"published": {}, "noise": {"hidden_state_noise": 0.1}, "KL": {"loss": "forward_kl"}}
+    variants |= {"KL in stage 2": {"stage2": kl}, "mixed in stage 2": {"stage2": mixed}}
+    figure = load("plot_sweep.py").losses({name: trained() for name in variants}, variants, "of org/base\na CPU")
+    panels = {axes.get_title(): axes for axes in check_figure(figure, "org/base", "a CPU")}
+    assert {title: len(axes.lines) for title, axes in panels.items()} == {
+        "stage 1: cross_entropy": 4,
+        "stage 1: forward_kl": 1,
+        "stage 2: cross_entropy": 2,
+        "stage 2: forward_kl": 1,
+        "stage 2: forward_kl\ntarget_temperature 0.25": 1,
+        "stage 2: cross_entropy + forward_kl\nloss_weights [0.5, 0.5]": 1,
+    }
+    assert all(ticks(axes) == [20, 40, 60] for axes in panels.values())
+    assert panels["stage 2: forward_kl"].lines[0].get_ydata().tolist() == [0.15, 0.075, 0.05]  # of each of two heads
+    assert set(names(figure)) == set(variants)
+
+
+def test_plots_of_tokens_per_step():
+    plot_sweep = load("plot_sweep.py")
+    by_variant = {f"a variant with a long name, {n} heads": trained(n) for n in (1, 2, 7)}
+    (axes,) = check_figure(figure := plot_sweep.tokens_per_step(by_variant, "of org/base"), "org/base")
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(by_variant)
+    assert names(figure) == ["greedy, a seed", "greedy, mean", "sampled, a seed", "sampled, mean"]
+    (axes,) = check_figure(plot_sweep.over_heads({7: trained(), 1: trained(greedy=(1.0, 1.2))}, "of org/base"))
+    assert ticks(axes) == [1, 7] and axes.get_xlabel() == "heads"
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([1.1, 2.1])
+
+
+def test_there_is_no_plot_of_one_variant_or_no_losses():
+    plot_sweep, one = load("plot_sweep.py"), {"one": trained(steps=[20])}
+    assert plot_sweep.tokens_per_step(one, "") is None
+    assert plot_sweep.over_heads({2: trained()}, "") is None
+    assert plot_sweep.losses(one, {"one": {}}, "") is None

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drafters import Oracle
+from figures import check_figure, names, ticks
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MedusaConfig, MedusaModel, MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.measuring import latency_report, plots
 from modeling_speculator.measuring.benchmarking import digest, seconds_in_turn
 from modeling_speculator.measuring.latency import measure_latency
 from modeling_speculator.measuring.methods import expand_methods
@@ -206,6 +208,97 @@ def test_runs_are_timed_in_turn():
     assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3}
 
 
+CPU = {"processor": "a CPU", "threads": 2}
+TITLE = plots.title("Speed-up over plain generate", {"base model": "org/base", "speculator": "org/draft"}, CPU)
+
+
+def timed(method, speedup, n_candidates=None, batch_size=1, prompt_length=64, date="2026-01-02"):
+    """A row as `measure_latency` and the command make it."""
+    dials = {} if n_candidates is None else {"n_candidates": n_candidates, "top_k_tokens_per_head": [5, 3, 2]}
+    times = {"tokens_per_second": 100 * speedup, "tokens_per_second_range": [90.0, 300.0], "tokens_per_step": 2.5}
+    times |= {"first_token_ms": 8.0, "ms_per_token": 4.0, "looping": 1, "identical_outputs": 4, "outputs": 4}
+    load = {"batch_size": batch_size, "prompt_length": prompt_length, "new_tokens": 32, "speedup": speedup}
+    return {"method": method} | dials | times | load | {"machine": CPU | {"date": date}}
+
+
+def test_the_report():
+    rows = [timed("generate", 1.0), timed("speculator", 1.5, 5, date="2026-01-04")]
+    rows.append({"method": "mtp", "skipped": "no | layers", "batch_size": 1, "prompt_length": 64, "new_tokens": 32})
+    about = {"models": {"base model": "org/base"}, "dtype": "torch.float32", "versions": {"torch": "2.13"}}
+    page = latency_report.page(rows, 3, **about, machine=CPU | {"date": "2026-02-01"})
+    head, _, rest = page.partition("\n\n| method |")
+    assert head.startswith("# Speed-up over plain generate\n")
+    assert "| date | 2026-01-02 to 2026-01-04 |" in head
+    assert "| measured | 4 prompts at each load, 32 new tokens each; rounds in turn: 3 |" in head
+    table, _, columns = rest.partition("\n\n")
+    assert (
+        "| speculator | 5 | [5, 3, 2] | 1 | 64 | 1.50 | 150.0 | 90.0 to 300.0 | 2.50 | 8.00 | 4.00 | 4 of 4 | 1 of 4 |"
+        in table
+    )
+    assert "| mtp |  |  | 1 | 64 | no \\| layers |" in table
+    explained = [line.split("**")[1] for line in columns.splitlines()]
+    assert f"method | {' | '.join(explained[1:])} |".endswith(table.splitlines()[0].strip("| ") + " |")
+    assert "GiB" not in page  # of a GPU
+    assert "not the ratio of two speeds of this table" in columns
+    assert latency_report.short_table(rows) in page
+
+
+@pytest.mark.parametrize("varied", ["n_candidates", "batch_size", "prompt_length"])
+def test_a_plot_over_what_varies(varied):
+    values = [0, 1, 5] if varied == "n_candidates" else [1, 2, 4]
+    rows = [timed("generate", 1.0), timed("prompt_lookup", 1.7)]
+    rows += [timed("speculator", 1 + value / 10, **{"n_candidates": 5, varied: value}) for value in values]
+    (axes,) = check_figure(figure := latency_report.figure(rows, TITLE), "org/base", "org/draft", "a CPU")
+    assert axes.get_xlabel() == latency_report.AXES[varied] and axes.get_ylabel() == "speed-up over generate"
+    assert ticks(axes) == (values if varied != "prompt_length" else [1, 2, 4, 64])
+    assert names(figure) == ["prompt_lookup", "speculator", "plain generate"]
+    lookup, speculator, _ = axes.lines
+    assert speculator.get_xydata().tolist() == [[value, 1 + value / 10] for value in values]
+    assert set(lookup.get_ydata()) == {1.7}
+    held = {"batch_size": "batch size 1", "prompt_length": "prompts of 64 tokens"}
+    assert varied == "prompt_length" or axes.get_title() == ", ".join(
+        text for key, text in held.items() if key != varied
+    )
+
+
+def test_over_loads_a_method_has_its_fastest_candidates():
+    """Above 0, where there are any; and a first load that failed is none."""
+    rows = [{"method": "speculator", "error": "no", "batch_size": 1, "prompt_length": 9}]
+    for batch_size in (2, 8):
+        rows += [timed("speculator", speedup, k, batch_size) for k, speedup in ((0, 3.0), (2, 1.5), (5, 1.2))]
+        rows.append(timed("medusa", 1.1, 0, batch_size))
+    over_candidates, over_batches = check_figure(latency_report.figure(rows, TITLE))
+    assert over_batches.get_title() == "prompts of 64 tokens, the fastest candidates"
+    assert [line.get_ydata().tolist() for line in over_batches.lines[:2]] == [[1.5, 1.5], [1.1, 1.1]]
+    assert over_candidates.lines[0].get_ydata().tolist() == [3.0, 1.5, 1.2]
+
+
+def test_where_nothing_varies_there_are_bars_of_methods():
+    rows = [timed("generate", 1.0), timed("speculator", 1.5, 5), timed("medusa", 1.25, 3), timed("early_exit", 0.5)]
+    (axes,) = check_figure(latency_report.figure(rows, TITLE), "org/base", "a CPU")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["speculator", "medusa", "early_exit"]
+    assert [bar.get_width() for bar in axes.patches] == [1.5, 1.25, 0.5]
+    assert axes.get_title() == "batch size 1, prompts of 64 tokens"
+
+
+@pytest.mark.parametrize("rows", [[], [timed("generate", 1.0)], [timed("generate", 1.0), timed("speculator", 1.5, 5)]])
+def test_there_is_no_plot_of_a_point(rows):
+    assert latency_report.figure(rows, TITLE) is None
+
+
+def test_a_plot_of_many_methods_with_long_names():
+    methods = [f"{'static:' * (n % 2)}a_drafter_with_a_long_name_{n}" for n in range(8)]
+    loads = [(batch_size, length) for batch_size in (1, 2, 4, 8, 16, 32, 64) for length in (16, 64, 256, 1024, 4096)]
+    rows = [timed(name, 1.5, k, *load) for name in methods for load in loads for k in (0, 1, 2, 5, 8, 16, 32)]
+    figure = latency_report.figure(rows, TITLE)
+    assert [ticks(axes) for axes in check_figure(figure)] == [
+        [0, 2, 5, 8, 16, 32],
+        [1, 2, 4, 8, 16, 32, 64],
+        [16, 64, 256, 1024, 4096],
+    ]
+    assert names(figure) == [*methods, "plain generate"]
+
+
 def test_the_command(tmp_path, drafters):
     tiny_model("llama").save_pretrained(tmp_path / "base_model")
     character_tokenizer(eos_token="z").save_pretrained(tmp_path / "base_model")
@@ -222,7 +315,10 @@ def test_the_command(tmp_path, drafters):
 
     done = run("--prompt_length", 4, 20)
     assert done.returncode == 0, done.stderr
-    assert "Only 0 of 3 prompts have 20 tokens" in (tmp_path / "out/latency.md").read_text()
+    page = (tmp_path / "out/latency.md").read_text()
+    assert "Only 0 of 3 prompts have 20 tokens" in page
+    assert f"| speculator | {tmp_path / 'speculator'} |" in page and f"| medusa | {tmp_path / 'medusa'} |" in page
+    assert "| measured | 2 prompts at each load, 6 new tokens each; rounds in turn: 1 |" in page
     measured = (tmp_path / "out/latency.jsonl").read_text()
     done = run("--prompt_length", 4, 8)  # goes on after the cells of 4
     assert done.returncode == 0, done.stderr

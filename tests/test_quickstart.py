@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from figures import check_figure, names, ticks
 from safetensors.torch import load_file
 from test_head_to_head import load
 
-from modeling_speculator import precision
+from modeling_speculator import SpeculationStatistics, precision
+from modeling_speculator.measuring import plots
 from modeling_speculator.trainers import pace, parse_recipe
 
 
@@ -152,3 +154,19 @@ def test_its_steps(tmp_path, commands, asked):
 def test_given_models_are_compared_in_the_precision_that_is_fast(commands):
     *_, (script, flags) = commands(base_model="theirs", speculator="mine")
     assert (script, flags["precision"], flags["base_model"]) == ("quickstart/compare.py", "fast", "theirs")
+
+
+def test_the_plot_of_what_is_accepted():
+    """After each stage; none of a single head."""
+    compare = load("quickstart/compare.py")
+    machine = {"processor": "a CPU", "threads": 2}
+    title = plots.title("Acceptance", {"base model": "theirs", "speculator": "run/mine"}, machine)
+    before, after = (SpeculationStatistics(emitted, (), 9, 2) for emitted in ((1, 1, 2, 3), (3, 3, 2, 1)))
+    figure = compare.by_position({"after stage 1": before, "after stage 2": after}, title)
+    (axes,) = check_figure(figure, "base model theirs", "speculator run/mine", "a CPU, 2 threads")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("drafted token", "share of steps that emit it")
+    assert ticks(axes) == [1, 2]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.5, 0.25], [0.75, 0.5]]
+    assert names(figure) == ["after stage 1: 1.75 tokens per step", "after stage 2: 2.25 tokens per step"]
+    assert names(compare.by_position({"": after}, title)) == ["2.25 tokens per step"]
+    assert compare.by_position({"": SpeculationStatistics((1, 2), (), 9, 1)}, title) is None

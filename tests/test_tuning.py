@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from figures import check_figure, names, ticks
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.configuration_mlp_speculator import DIALS
+from modeling_speculator.measuring import plots, tuning_report
 from modeling_speculator.measuring.tuning import StepCost, Texts, fit, grid, predict, work
 
 
@@ -114,6 +116,78 @@ def test_predictions(texts, speculator):
     assert {dial: getattr(speculator.config, dial) for dial in DIALS} == before
 
 
+CPU = {"processor": "a CPU", "threads": 2, "date": "2026-01-02"}
+TITLE = plots.title("Speed-up", {"base model": "org/base", "speculator": "org/draft"}, CPU)
+
+
+def setting(n_candidates=5, n_tree_nodes=None, n_heads=None):
+    top_k = {"top_k_tokens_per_head": [5, 3, 2]}
+    return top_k | {"n_candidates": n_candidates, "n_tree_nodes": n_tree_nodes, "n_heads": n_heads}
+
+
+def tuned(batch_size=1, sizes=(3, 8, 32), measured=((8, 1.5, 0.2), (None, 1.6, -0.1))):
+    """A load's record; `measured` are the nodes of a tree, the speed-up with it and the error of its prediction."""
+    verified = [
+        setting(n_tree_nodes=nodes)
+        | {"measured_speedup": speedup, "speedup_error": error, "measured_tokens_per_second": 100 * speedup}
+        for nodes, speedup, error in measured
+    ]
+    fastest = max(verified, key=lambda row: row["measured_speedup"])
+    recommended = fastest if fastest["measured_speedup"] > 1 else setting(n_candidates=0)
+    predictions = [setting(n_tree_nodes=size) | {"speedup": 1 + size / 100} for size in sizes]
+    predictions += [setting() | {"speedup": 3.0}, setting(n_tree_nodes=2, n_heads=1) | {"speedup": 3.0}]
+    costs = {"per_step": 4.0, "per_node": 0.1, "per_head": 1.0, "per_state": 0.0}
+    record = {"batch_size": batch_size, "context": 64, "plain_tokens_per_second": 100.0, "cost_ms": costs}
+    return record | {"predictions": predictions, "verified": verified, "recommended": recommended}
+
+
+def test_the_plot_compares_prediction_and_measurement_of_the_same_dials():
+    figure = tuning_report.figure([tuned(), tuned(batch_size=4)], TITLE)
+    predicted, pairs = check_figure(figure, "org/base", "org/draft", "a CPU")
+    assert [line.get_xydata().tolist() for line in predicted.lines[:2]] == [[[3, 1.03], [8, 1.08], [32, 1.32]]] * 2
+    assert ticks(predicted) == [3, 8, 32]
+    joined = [line.get_xydata().tolist() for line in pairs.lines if len(line.get_xdata()) == 2][:4]
+    expected = [[pytest.approx(1.8), 1.5], [pytest.approx(1.44), 1.6]]
+    assert [[x for x, _ in pair] for pair in joined] == 2 * expected
+    assert [[y for _, y in pair] for pair in joined] == [[height] * 2 for height in range(4)]
+    assert [label.get_text() for label in pairs.get_yticklabels()][::3] == [
+        "batch size 1, prompts of 64 tokens\nn_tree_nodes=8 of [5, 3, 2]",
+        "batch size 4, prompts of 64 tokens\nn_candidates=5 of [5, 3, 2]",
+    ]
+    loads = [f"batch size {n}, prompts of 64 tokens" for n in (1, 4)]
+    assert names(figure) == [*loads, "plain generate", "predicted", "measured"]
+
+
+@pytest.mark.parametrize("sizes", [(), (3,)])
+def test_there_is_no_curve_of_a_point(sizes):
+    (pairs,) = check_figure(tuning_report.figure([tuned(sizes=sizes)], TITLE))
+    assert pairs.get_xlabel() == "speed-up over generate"
+
+
+def test_a_plot_of_many_loads():
+    assert len(check_figure(tuning_report.figure([tuned(2**n) for n in range(12)], TITLE))) == 2
+
+
+def test_the_report():
+    settings = {"base_model": "org/base", "speculator": "runs/draft"}
+    settings |= {"n_prompts": "16", "max_new_tokens": "64", "rounds": "3"}
+    slow = tuned(batch_size=8, measured=[(8, 0.9, 0.2)])
+    report = {"settings": settings, "loads": [tuned(), slow], "dtype": "torch.float32"}
+    page = tuning_report.page(report | {"machine": CPU, "versions": {"torch": "2.13"}})
+    head, table, columns, costs, _ = page.split("\n\n| b")[0], *page.split("\n\n")[2:]
+    assert "| speculator | runs/draft |\n| date | 2026-01-02 |\n| machine | a CPU, 2 threads |" in head
+    assert "| measured | 16 prompts at each load, in full batches, 64 new tokens each; rounds in turn: 3 |" in head
+    assert table.splitlines()[2:] == [
+        "| 1 | 64 | n_tree_nodes=8 of [5, 3, 2] | 1.80 | 1.50 | +20.0% | 150.0 |  |",
+        "| 1 | 64 | n_candidates=5 of [5, 3, 2] | 1.44 | 1.60 | -10.0% | 160.0 | yes |",
+        "| 1 | 64 | none: plain `generate` |  | 1.00 |  | 100.0 |  |",
+        "| 8 | 64 | n_tree_nodes=8 of [5, 3, 2] | 1.08 | 0.90 | +20.0% | 90.0 |  |",
+        "| 8 | 64 | none: plain `generate` |  | 1.00 |  | 100.0 | yes |",
+    ]
+    assert "is not the ratio of two speeds of this table" in " ".join(columns.split())
+    assert "| 8 | 64 | 4.000 | 0.100 | 1.000 | 0.000 |" in costs
+
+
 def test_the_command(tmp_path, speculator):
     tiny_model("llama").save_pretrained(tmp_path / "base_model")
     character_tokenizer(eos_token="z").save_pretrained(tmp_path / "base_model")
@@ -145,6 +219,8 @@ def test_the_command(tmp_path, speculator):
         assert all(fastest[dial] == value for dial, value in load["recommended"].items())
     else:
         assert load["recommended"]["n_candidates"] == 0
+    files = {"tuning.json", "tuning.jsonl", "tuning.md", "tuning.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
     done = run("--batch_size", 1, 2, "--output", tmp_path / "two", "--write")
     assert "--write needs one --batch_size" in done.stderr
     speculator.save_pretrained(tmp_path / "speculator")

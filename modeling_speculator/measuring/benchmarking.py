@@ -141,6 +141,12 @@ def machine(with_date: bool = True) -> dict[str, str | int]:
     return gpu | {"processor": processor, "threads": torch.get_num_threads()} | date
 
 
+def machine_name(machine: dict) -> str:
+    """What `machine` found, in a few words: the GPU, or the CPU and its threads."""
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{machine['processor'] or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def digest(model: PreTrainedModel) -> str:
     """Of names, shapes, dtypes and the first numbers of a model's weights, to tell others apart; of whole weights.
 

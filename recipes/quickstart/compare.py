@@ -6,16 +6,16 @@ python recipes/quickstart/compare.py --base_model X --speculator Y --held_out co
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
 from modeling_speculator import SpeculationStatistics
 from modeling_speculator.command_line import positive, run
 from modeling_speculator.loading import load_base_model, load_speculator
-from modeling_speculator.measuring import benchmarking
+from modeling_speculator.measuring import benchmarking, plots
 from modeling_speculator.measuring.evaluation import generate_greedily, loops
 from modeling_speculator.measuring.quality import GreedyOutcome, compare_greedy
 from modeling_speculator.precision import PRECISIONS, resolve_precision
@@ -126,27 +126,32 @@ def write_report(args, dtype: str, before: list | None, outcomes: list[GreedyOut
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(stages, args.output_dir / "acceptance.png")
+    models = {"base model": args.base_model, "speculator": args.speculator}
+    title = plots.title("Acceptance, by position", models, report["machine"])
+    drawn = plots.write(args.output_dir, {"acceptance.png": partial(by_position, stages, title)})
     for key in list(report)[:11]:
         value = report[key]
         print(f"{key:32}{[round(v, 3) for v in value] if isinstance(value, list) else value and round(value, 3)}")
     print(
         f"\n{len(outcomes) - len(varied)} of {len(outcomes)} continuations loop (half or more of their 4-grams are "
         "repetitions). A loop is easy to guess and flatters every speculator: see tokens_per_step_without_loops.\n"
-        f"Written: {args.output_dir}/report.json, acceptance.png"
+        f"Written to {args.output_dir}: {', '.join(['report.json', *drawn])}"
     )
 
 
-def plot(stages: dict[str, SpeculationStatistics], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for label, statistics_ in stages.items():
-        shares = statistics_.accepted_per_position
-        label = f"{label} {statistics_.tokens_per_step:.2f} tokens per step".strip()
-        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
-    axes.set(xlabel="drafted token", ylabel="share of steps that accept it", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+def by_position(stages: dict[str, SpeculationStatistics], title: str):
+    """What is accepted by position, after each stage; None for a single head."""
+    heads = range(1, next(iter(stages.values())).n_predict + 1)
+    if len(heads) == 1:
+        return None
+    figure, (axes,) = plots.panels(title)
+    for number, (stage, found) in enumerate(stages.items()):
+        label = ": ".join(filter(None, [stage, f"{found.tokens_per_step:.2f} tokens per step"]))
+        plots.line(axes, zip(heads, found.accepted_per_position, strict=True), number, label)
+    plots.whole_numbers(axes, heads)
+    axes.set(xlabel="drafted token", ylabel="share of steps that emit it", ylim=(0, 1.03))
+    plots.legend(figure)
+    return figure
 
 
 if __name__ == "__main__":
