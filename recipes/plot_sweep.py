@@ -15,7 +15,7 @@ from modeling_speculator.command_line import parser_of, run
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, metavar="FILE", help="results.json of sweep.py")
     path = parser.parse_args().results
     try:
         rows = json.loads(path.read_text())["rows"]

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run
+from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run, same_command, say_end
 from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring.benchmarking import digest, machine, versions
@@ -46,7 +46,8 @@ def main() -> None:
     settings |= {"measured_prompts": MEASURED_PROMPTS, "between": BETWEEN}
     file = RecordFile(args.output / "tuning.jsonl", settings | {"machine": machine(with_date=False)})
     loads = list(product(args.batch_size, args.prompt_length))
-    for batch_size, length in loads:
+    for number, (batch_size, length) in enumerate(loads, start=1):
+        print(f"\nLoad {number} of {len(loads)}: batches of {batch_size}, prompts of {length} tokens", flush=True)
         if (batch_size, length) not in {load_of(record) for record in file.records}:
             n_prompts = -(-args.n_prompts // batch_size) * batch_size
             rows = cut_prompts(texts, length, n_prompts, max(args.prompt_length), tokenizer.bos_token_id)
@@ -57,16 +58,19 @@ def main() -> None:
     report = {"settings": settings, "loads": records, "versions": versions(), "machine": machine()}
     (args.output / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(records, args.output / "tuning.png")
-    print(f"Written: {args.output}/tuning.json, .png")
+    written, then = [f"{args.output}/tuning.json, .png"], {}
     if args.write:
         speculator.config.update(records[0]["recommended"])
         speculator.config.save_pretrained(args.speculator)
-        print(f"Written: {args.speculator}/config.json, {records[0]['recommended']}")
+        written.append(f"{args.speculator}/config.json with the recommended dials")
+    elif len(loads) == 1 and Path(args.speculator).is_dir():
+        then["put the recommended dials into the speculator's config"] = f"{same_command()} --write"
+    say_end(*written, then=then)
 
 
 def parse_args() -> argparse.Namespace:
     parser = timing_parser(__doc__, n_prompts=16, max_new_tokens=64, rounds=3)
-    parser.add_argument("--output", type=output_folder, required=True, help="folder for tuning.json, .png")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="for tuning.json, .png")
     parser.add_argument("--write", action="store_true", help="put what is recommended into the speculator's config")
     args = parser.parse_args()
     if args.write and (len(args.batch_size) * len(args.prompt_length) > 1 or not Path(args.speculator).is_dir()):
@@ -89,7 +93,7 @@ def best_speedup(record: dict) -> float:
 
 def show(record: dict) -> None:
     costs = {name: round(value, 3) for name, value in record["cost_ms"].items()}
-    print(f"\nBatch {record['batch_size']}, context {record['context']}: a step costs {costs} ms.")
+    print(f"Batch {record['batch_size']}, context {record['context']}: a step costs {costs} ms.")
     print(f"Plain decoding: {record['plain_tokens_per_second']:.0f} tokens/s. Predicted, the fastest first:")
     for row in record["predictions"][:5]:
         print(

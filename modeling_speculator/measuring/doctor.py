@@ -6,7 +6,6 @@ python -m modeling_speculator.doctor --base_model X --speculator Y
 Exit status 1 where something is not. It changes nothing and downloads nothing but the models that are named.
 """
 
-import argparse
 import os
 import platform
 import shutil
@@ -23,12 +22,14 @@ from ..attention import tree_attention
 from ..cache import SpeculativeCache
 from ..candidate_tree import CandidateTree
 from ..checks import check_models, main_device
+from ..command_line import parser_of
 from ..families import attention_windows
 from ..loading import load_base_model, load_drafter
 from ..precision import faster_of, measure_products
 from ..transformers_api import CACHE, attn_implementation, cache_of
 from .benchmarking import machine
 from .oracle import Oracle
+from .parsers import add_loading
 from .prompts import pad_left
 from .quality import compare_greedy
 
@@ -42,11 +43,14 @@ ROUNDING = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", help="folder or Hub id of a model to examine")
-    parser.add_argument("--speculator", help="folder or Hub id of a speculator for it; default: drafts of an oracle")
-    parser.add_argument("--dtype", default="auto", help="of the models; default: as the base model was saved")
-    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
+    parser = parser_of(__doc__)
+    parser.add_argument("--base_model", metavar="FOLDER_OR_ID", help="a model to examine (default: none)")
+    parser.add_argument(
+        "--speculator",
+        metavar="FOLDER_OR_ID",
+        help="a speculator for it (default: drafts that are right 7 times in 10)",
+    )
+    add_loading(parser)
     args = parser.parse_args()
     if args.speculator and not args.base_model:
         parser.error("--speculator is examined beside its --base_model")
