@@ -119,7 +119,8 @@ def decode(tokenizer, out, input_ids: torch.Tensor, **inputs) -> list[str]:
 
 def in_words(speculation: SpeculationStatistics, rows: int) -> str:
     """What a speculator achieved, as one reads it; each row's first token is the prefill's."""
-    total = f"{speculation.tokens + rows} tokens"
+    n_tokens = speculation.tokens + rows
+    total = f"{n_tokens} token{'s' if n_tokens > 1 else ''}"
     if not speculation.steps:
         return f"{total}, none of them in a step"
     positions = " ".join(str(position) for position in range(1, speculation.n_predict + 1))

@@ -100,9 +100,9 @@ def _figures(logs: dict, prefix: str) -> list[str]:
 
 
 def in_short(seconds: float) -> str:
-    """A time as a line has room for it: "40 s", "3 min", "2 h 10 min"."""
+    """A time as a line has room for it: "90 s", "3 min", "2 h 10 min"."""
     minutes = round(seconds / 60)
-    if seconds < 59.5:
+    if seconds < 119.5:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

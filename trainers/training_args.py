@@ -70,7 +70,7 @@ class DataArguments:
     """Which texts are trained on, and how they are cut."""
 
     dataset: str | None = option(None, "FOLDER_OR_ID", "a dataset ... (default: none; then name data_files)")
-    dataset_config: str | None = option(None, "NAME", "... its configuration (default: its only one) ...")
+    dataset_config: str | None = option(None, "NAME", "... its configuration (default: its only one)")
     dataset_split: str = option("train", "NAME", "... and its split")
     dataset_revision: str | None = option(None, "REVISION", "branch, tag or commit of it (default: the newest)")
     data_files: list[str] | None = option(None, "FILE", "text, jsonl or parquet, or patterns (default: none)")

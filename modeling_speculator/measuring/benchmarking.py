@@ -36,7 +36,7 @@ def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int, desc: str = "t
     return {name: [tokens[name] / each for each in seconds[name]] for name in runs}
 
 
-def seconds_in_turn(runs: dict[str, Callable], rounds: int, desc: str) -> dict[str, list[float]]:
+def seconds_in_turn(runs: dict[str, Callable], rounds: int, desc: str = "timing") -> dict[str, list[float]]:
     """Times runs, A B A B: seconds of each run in each round."""
     seconds = {name: [] for name in runs}
     for name, run in tqdm([*runs.items()] * rounds, desc=desc, unit="run", leave=False):

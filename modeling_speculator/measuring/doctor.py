@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import transformers_api
@@ -145,15 +146,18 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     input_ids, mask = (part.to(main_device(model)) for part in pad_left(prompts))
     options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
     drafter = speculator
-    if drafter is None:
-        plain = model.generate(input_ids, attention_mask=mask, do_sample=False, **options)
-        drafter = Oracle(model, plain, mask, p_right=0.7)
-    check_models(model, drafter)
-
-    tree = compare_tree(model, torch.tensor(prompts[:1], device=main_device(model)))
+    with tqdm(desc="examining", total=3, unit="part", leave=False) as progress:
+        if drafter is None:
+            plain = model.generate(input_ids, attention_mask=mask, do_sample=False, **options)
+            drafter = Oracle(model, plain, mask, p_right=0.7)
+        check_models(model, drafter)
+        progress.update()
+        tree = compare_tree(model, torch.tensor(prompts[:1], device=main_device(model)))
+        progress.update()
+        rows = compare_greedy(model, drafter, input_ids, mask, **options)
+        progress.update()
     print(f"  A tree's logits are those of each path alone up to {tree.difference:.1e}, of up to {tree.largest:.1f}.")
     print(f"  Another token is the most probable at {tree.other_choices} of {tree.nodes} nodes.")
-    rows = compare_greedy(model, drafter, input_ids, mask, **options)
     same, yields = sum(row.identical for row in rows), statistics.mean(row.tokens_per_step for row in rows)
     print(f"  Greedy texts of {NEW_TOKENS} tokens that are the same with a speculator: {same} of {len(rows)}.")
     drafts = "the speculator's drafts" if speculator else "drafts that are right 7 times in 10"
