@@ -1,11 +1,13 @@
-"""What every command does alike: a mistake is one line, Ctrl-C says what is kept, and numbers and folders are checked.
+"""What every command does alike: its help, its last lines, a mistake in one line, Ctrl-C, numbers and folders.
 
 No torch here, nor transformers: this is about words on a command line.
 """
 
 import argparse
+import enum
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +25,8 @@ FROM_CHECKPOINT = "The same command goes on from the last checkpoint, if one was
 NOTHING_KEPT = "Nothing was kept."
 
 PROBE = 2**20  # bytes; the plots and figures of a measurement are fewer
+# In the environment of a command that another one runs: that one knows what comes next.
+INNER = "MODELING_SPECULATOR_INNER_COMMAND"
 
 
 def run(main: Callable[[], None], kept: str = NOTHING_KEPT) -> None:
@@ -70,6 +74,7 @@ def run_script(script: Path, *arguments: str, **options) -> int:
     Raises:
         KeyboardInterrupt: if either was interrupted.
     """
+    options["env"] = options.get("env", os.environ) | {INNER: "1"}
     with subprocess.Popen([sys.executable, str(script), *arguments], **options) as process:
         try:
             status = process.wait()
@@ -85,9 +90,73 @@ def run_script(script: Path, *arguments: str, **options) -> int:
     return status
 
 
+def flags_of(**flags) -> list[str]:
+    """Flags as a command takes them: of a list all its values, of an empty one the flag alone."""
+    arguments = []
+    for key, value in flags.items():
+        arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def command_of(script: str, **flags) -> str:
+    """A command of this project, as one would type it in its folder."""
+    return shlex.join(["python", f"recipes/{script}", *flags_of(**flags)])
+
+
+def say_end(*written: str | Path, then: dict[str, str] | None = None) -> None:
+    """What a command says last: what it wrote, and what comes next; see `say_next`."""
+    print(f"\nWritten: {', '.join(map(str, written))}", flush=True)
+    say_next(then or {})
+
+
+def say_next(then: dict[str, str]) -> None:
+    """The commands that come next, where there are obvious ones. What runs inside another command leaves them out.
+
+    Args:
+        then: {what for: a command}.
+    """
+    if then and INNER not in os.environ:
+        print("\n".join(["Next:", *(f"  # {purpose}\n  {command}" for purpose, command in then.items())]), flush=True)
+
+
+def same_command(without: str | None = None) -> str:
+    """The command that runs, perhaps without one of its flags."""
+    return shlex.join(["python", *(part for part in sys.argv if part != without)])
+
+
+def last_lines(file: Path, n: int = 20) -> str:
+    """The end of a log, to be shown where what wrote it has failed."""
+    return "\n".join(file.read_text(errors="replace").splitlines()[-n:])
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A docstring as it is; and after the help of each option its default, where it has one that the help lacks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_none = action.required or action.nargs == 0 or action.default in (None, argparse.SUPPRESS)
+        if has_none or "(default: " in text:
+            return text
+        default = _as_typed(action.default).replace("%", "%%")
+        return f"{text} (default: {default})".lstrip()
+
+
+def _as_typed(value) -> str:
+    """A value as it is written on a command line, or in a YAML file."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_as_typed, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value.value if isinstance(value, enum.Enum) else value)
+
+
 def parser_of(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the docstring of a script."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose help is the docstring of a script.
+
+    An option's `metavar` says what its value is counted in, or what it is: TOKENS, MINUTES, FOLDER. Where it has no
+    default to be shown, its help ends in what happens without it: "(default: all)".
+    """
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
 
 
 def positive(text: str) -> int:

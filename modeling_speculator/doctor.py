@@ -6,7 +6,6 @@ python -m modeling_speculator.doctor --base_model X --speculator Y
 Exit status 1 where something is not. It changes nothing and downloads nothing but the models that are named.
 """
 
-import argparse
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import transformers_api
@@ -23,10 +23,12 @@ from .attention import tree_attention
 from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
 from .checks import check_models, main_device
+from .command_line import parser_of
 from .families import attention_windows
 from .loading import load_base_model, load_drafter
 from .measuring.benchmarking import machine
 from .measuring.oracle import Oracle
+from .measuring.parsers import add_loading
 from .measuring.prompts import pad_left
 from .measuring.quality import compare_greedy
 from .precision import faster_of, measure_products
@@ -42,11 +44,14 @@ ROUNDING = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", help="folder or Hub id of a model to examine")
-    parser.add_argument("--speculator", help="folder or Hub id of a speculator for it; default: drafts of an oracle")
-    parser.add_argument("--dtype", default="auto", help="of the models; default: as the base model was saved")
-    parser.add_argument("--device_map", help='"auto" spreads the base model; default: one device')
+    parser = parser_of(__doc__)
+    parser.add_argument("--base_model", metavar="FOLDER_OR_ID", help="a model to examine (default: none)")
+    parser.add_argument(
+        "--speculator",
+        metavar="FOLDER_OR_ID",
+        help="a speculator for it (default: drafts that are right 7 times in 10)",
+    )
+    add_loading(parser)
     args = parser.parse_args()
     if args.speculator and not args.base_model:
         parser.error("--speculator is examined beside its --base_model")
@@ -141,15 +146,18 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     input_ids, mask = (part.to(main_device(model)) for part in pad_left(prompts))
     options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
     drafter = speculator
-    if drafter is None:
-        plain = model.generate(input_ids, attention_mask=mask, do_sample=False, **options)
-        drafter = Oracle(model, plain, mask, p_right=0.7)
-    check_models(model, drafter)
-
-    tree = compare_tree(model, torch.tensor(prompts[:1], device=main_device(model)))
+    with tqdm(desc="examining", total=3, unit="part", leave=False) as progress:
+        if drafter is None:
+            plain = model.generate(input_ids, attention_mask=mask, do_sample=False, **options)
+            drafter = Oracle(model, plain, mask, p_right=0.7)
+        check_models(model, drafter)
+        progress.update()
+        tree = compare_tree(model, torch.tensor(prompts[:1], device=main_device(model)))
+        progress.update()
+        rows = compare_greedy(model, drafter, input_ids, mask, **options)
+        progress.update()
     print(f"  A tree's logits are those of each path alone up to {tree.difference:.1e}, of up to {tree.largest:.1f}.")
     print(f"  Another token is the most probable at {tree.other_choices} of {tree.nodes} nodes.")
-    rows = compare_greedy(model, drafter, input_ids, mask, **options)
     same, yields = sum(row.identical for row in rows), statistics.mean(row.tokens_per_step for row in rows)
     print(f"  Greedy texts of {NEW_TOKENS} tokens that are the same with a speculator: {same} of {len(rows)}.")
     drafts = "the speculator's drafts" if speculator else "drafts that are right 7 times in 10"

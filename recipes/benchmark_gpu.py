@@ -12,12 +12,14 @@ import argparse
 import json
 import statistics
 import time
+from itertools import product
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.command_line import output_file, parser_of, positive, run, say_end
 from modeling_speculator.measuring.benchmarking import copy_bandwidth, machine, synchronize, versions
 
 
@@ -42,14 +44,14 @@ def main() -> None:
     print(json.dumps({key: report[key] for key in ("machine", "copy_gb_per_second")}))
     for target in args.targets:
         model, speculator = build(target, args.device)
-        for batch, context in ((b, c) for b in args.batch_sizes for c in args.contexts):
+        for batch, context in tqdm(list(product(args.batch_sizes, args.contexts)), desc=target, unit="cell"):
             row = {"target": target, "batch_size": batch, "context": context}
             try:
                 row |= measure(model, speculator, batch, context, copied, args)
             except torch.OutOfMemoryError:
                 row["skipped"] = "out of memory"
             report["rows"].append(row)
-            print(json.dumps(row), flush=True)
+            tqdm.write(json.dumps(row))
             if args.output:  # after every cell: what is measured is not lost
                 args.output.write_text(json.dumps(report, indent=2) + "\n")
         report.setdefault("kernels", {})[target] = profile(model, speculator, args)
@@ -57,17 +59,23 @@ def main() -> None:
         torch.compiler.reset()
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+        say_end(args.output)
 
 
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[name for name in TARGETS if name != "tiny"])
-    parser.add_argument("--batch_sizes", nargs="+", type=positive, default=[1, 4, 16, 64])
-    parser.add_argument("--contexts", nargs="+", type=positive, default=[64, 512, 2048])
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--steps", type=positive, default=32)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=output_file, help="JSON file for the results")
+    sizes = [name for name in TARGETS if name != "tiny"]
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=sizes, help="shapes of models")
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=positive, default=[1, 4, 16, 64], metavar="PROMPTS", help="continued at once"
+    )
+    parser.add_argument(
+        "--contexts", nargs="+", type=positive, default=[64, 512, 2048], metavar="TOKENS", help="of a prompt"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, metavar="ROUNDS", help="whose median counts")
+    parser.add_argument("--steps", type=positive, default=32, metavar="STEPS", help="that are timed in a round")
+    parser.add_argument("--device", default="cuda", metavar="DEVICE", help="cuda or cpu")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, for the results (default: none)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; `--device cpu --targets tiny` tries the script")

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import GOES_ON, count, named_folder, output_folder, run
+from modeling_speculator.command_line import GOES_ON, command_of, count, named_folder, output_folder, run, say_end
 from modeling_speculator.drafters import dials_of, is_drafter
 from modeling_speculator.loading import load_base_model, load_drafter
 from modeling_speculator.measuring import plots
@@ -54,7 +54,8 @@ def main() -> None:
     settings |= {"versions": versions(), "machine": machine(with_date=False)}
     cells = cut_cells(args, model, tokenizer, texts)
     file = RecordFile(args.output / "latency.jsonl", settings)
-    for (batch_size, length), rows in cells.items():
+    for number, ((batch_size, length), rows) in enumerate(cells.items(), start=1):
+        print(f"\nLoad {number} of {len(cells)}: batches of {batch_size}, prompts of {length} tokens", flush=True)
         cell = {"batch_size": batch_size, "prompt_length": length, "new_tokens": args.max_new_tokens}
         if any(record["cell"] == cell for record in file.records):
             continue
@@ -79,17 +80,26 @@ def main() -> None:
     (args.output / "latency.md").write_text(page(rows, args.rounds, **about))
     title = plots.title("Speed-up over plain generate", models, machine())
     drawn = plots.write(args.output, {"latency.png": partial(figure, rows, title)})
-    print(f"Written to {args.output}: {', '.join(['latency.json', 'latency.md', *drawn])}")
+    flags = {"base_model": args.base_model, "speculator": args.speculator, "prompts": args.prompts}
+    dials = command_of("tune.py", **flags, batch_size=args.batch_size, output=args.output.with_name("tuning"))
+    written = [args.output / name for name in ("latency.json", "latency.md", *drawn)]
+    say_end(*written, then={"which dials are best": dials} if args.speculator else {})
 
 
 def parse_args() -> argparse.Namespace:
     parser = timing_parser(__doc__, n_prompts=8, max_new_tokens=100, rounds=5, needs_speculator=False)
-    parser.add_argument("--drafters", type=named_folder, nargs="*", default=[], metavar="NAME=DIR", help="others")
     parser.add_argument(
-        "--methods", nargs="+", help="the first is compared with; default: generate, prompt_lookup, all"
+        "--drafters", type=named_folder, nargs="*", default=[], metavar="NAME=DIR", help="others (default: none)"
     )
-    parser.add_argument("--n_candidates", type=count, nargs="+", help="default: each speculator's dials")
-    parser.add_argument("--output", type=output_folder, required=True, help="folder for latency.json, .md, .png")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="beside generate (default: prompt_lookup and all drafters)"
+    )
+    parser.add_argument(
+        "--n_candidates", type=count, nargs="+", metavar="CANDIDATES", help="per step (default: each drafter's dials)"
+    )
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="FOLDER", help="for latency.json, .md, .png"
+    )
     return parser.parse_args()
 
 

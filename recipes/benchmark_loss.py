@@ -9,14 +9,16 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.command_line import output_file, parser_of, positive, run, say_end
 from modeling_speculator.measuring.benchmarking import machine, synchronize, versions
 from modeling_speculator.precision import fast_dtype
 from modeling_speculator.trainers.chunked import CHUNK_ELEMENTS, chunked_linear
@@ -24,30 +26,34 @@ from modeling_speculator.trainers.chunked import CHUNK_ELEMENTS, chunked_linear
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--vocab_size", type=positive, default=128256)
-    parser.add_argument("--inner_dim", type=positive, default=256)
-    parser.add_argument("--heads", type=positive, default=4)
-    parser.add_argument("--positions", type=positive, nargs="+", default=[256, 1024])
-    parser.add_argument("--chunk_elements", type=positive, help="logits at a time; default: 2**27, on a CPU 2**24")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=output_file, help="JSON file for the results")
+    parser.add_argument("--vocab_size", type=positive, default=128256, metavar="TOKENS", help="of the vocabulary")
+    parser.add_argument("--inner_dim", type=positive, default=256, metavar="WIDTH", help="of the heads' input")
+    parser.add_argument("--heads", type=positive, default=4, metavar="HEADS", help="of the speculator")
+    parser.add_argument(
+        "--positions", type=positive, nargs="+", default=[256, 1024], metavar="POSITIONS", help="of a batch"
+    )
+    parser.add_argument(
+        "--chunk_elements", type=positive, metavar="LOGITS", help="at a time (default: 2**27, on a CPU 2**24)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cuda or cpu")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, for the results (default: none)")
     args = parser.parse_args()
     args.chunk_elements = args.chunk_elements or (2**24 if args.device == "cpu" else CHUNK_ELEMENTS)
     rows = []
-    for positions in args.positions:
-        for way in WAYS:
-            is_slow = args.device == "cpu" and positions != args.positions[0]  # minutes, from 1024 positions on
-            if way.startswith("torch") and (is_slow or not hasattr(F, "linear_cross_entropy")):
-                continue  # torch has it from 2.13 on
-            # In a process of its own, whose memory is nobody else's.
-            quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # ended by Ctrl-C
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
-                rows.append(pool.submit(measure, way, positions, args).result())
-            print(json.dumps(rows[-1]), flush=True)
+    for positions, way in tqdm(list(product(args.positions, WAYS)), desc="measuring", unit="way"):
+        is_slow = args.device == "cpu" and positions != args.positions[0]  # minutes, from 1024 positions on
+        if way.startswith("torch") and (is_slow or not hasattr(F, "linear_cross_entropy")):
+            continue  # torch has it from 2.13 on
+        # In a process of its own, whose memory is nobody else's.
+        quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # ended by Ctrl-C
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
+            rows.append(pool.submit(measure, way, positions, args).result())
+        tqdm.write(json.dumps(rows[-1]))
     report = {"rows": rows, "machine": machine(), "versions": versions()}
     report |= {key: getattr(args, key) for key in ("vocab_size", "inner_dim", "heads", "chunk_elements")}
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+        say_end(args.output)
 
 
 def whole(heads, features, labels, args):

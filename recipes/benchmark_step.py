@@ -14,11 +14,12 @@ import time
 from functools import partial
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.candidate_tree import max_nodes
-from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.command_line import output_file, parser_of, positive, run, say_end
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring.benchmarking import (
     machine,
@@ -69,7 +70,7 @@ def main() -> None:
     rows = methods(speculator.config, args.compile)
     count = {name: partial(n_tokens, *row) for name, row in rows.items()}
     first = {}
-    for name, generate in count.items():
+    for name, generate in tqdm(count.items(), desc="first calls", leave=False):
         start = time.perf_counter()
         generate()
         first[name] = time.perf_counter() - start
@@ -92,6 +93,7 @@ def main() -> None:
         report = {"arguments": arguments, "machine": machine() | {"busy_cores_before": round(busy, 2)}}
         report |= {"versions": versions(), "results": results, "rates": rates}
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+        say_end(args.output)
 
 
 def methods(config, with_static: bool) -> dict[str, tuple[dict | None, dict]]:
@@ -114,14 +116,14 @@ def methods(config, with_static: bool) -> dict[str, tuple[dict | None, dict]]:
 
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--base_model", help="folder or Hub id; a random one by default")
-    parser.add_argument("--speculator", help="folder or Hub id; a random one by default")
-    parser.add_argument("--prompt", default="def main():")
-    parser.add_argument("--max_new_tokens", type=positive, default=200)
-    parser.add_argument("--rounds", type=positive, default=9)
-    parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--compile", action="store_true", help="the static cache, too")
-    parser.add_argument("--output", type=output_file, help="JSON file for the results")
+    parser.add_argument("--base_model", metavar="FOLDER_OR_ID", help="the model to speed up (default: a random one)")
+    parser.add_argument("--speculator", metavar="FOLDER_OR_ID", help="a speculator for it (default: a random one)")
+    parser.add_argument("--prompt", default="def main():", metavar="TEXT", help="to continue, with a --base_model")
+    parser.add_argument("--max_new_tokens", type=positive, default=200, metavar="TOKENS", help="after the prompt")
+    parser.add_argument("--rounds", type=positive, default=9, metavar="ROUNDS", help="whose median counts")
+    parser.add_argument("--threads", type=positive, default=1, metavar="THREADS", help="of a CPU")
+    parser.add_argument("--compile", action="store_true", help="measure the static cache, too")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, for the results (default: none)")
     return parser.parse_args()
 
 

@@ -16,10 +16,11 @@ from tempfile import TemporaryDirectory
 
 import datasets
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
-from modeling_speculator.command_line import output_file, parser_of, positive, run
+from modeling_speculator.command_line import output_file, parser_of, positive, run, say_end
 from modeling_speculator.measuring.benchmarking import machine, speedup, synchronize, time_in_turn, versions
 from modeling_speculator.precision import fast_dtype
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer, SpeculatorTrainingArguments
@@ -38,12 +39,14 @@ TARGETS = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--target", choices=TARGETS, default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--steps", type=positive, default=8, help="of a round")
-    parser.add_argument("--new_tokens", type=positive, default=64, help="of stage 2; the published recipe has 256")
-    parser.add_argument("--output", type=output_file, help="JSON file for the results")
+    parser.add_argument("--target", choices=TARGETS, default="small", help="shapes of models, and their batches")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cuda or cpu")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="ROUNDS", help="whose median counts")
+    parser.add_argument("--steps", type=positive, default=8, metavar="STEPS", help="of a round, 4 at least")
+    parser.add_argument(
+        "--new_tokens", type=positive, default=64, metavar="TOKENS", help="of stage 2; the published recipe has 256"
+    )
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, for the results (default: none)")
     args = parser.parse_args()
     if args.steps < 4:
         parser.error("--steps is at least 4, two of which warm up")
@@ -61,6 +64,7 @@ def main() -> None:
     print(json.dumps(report, indent=2))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+        say_end(args.output)
 
 
 def build(args, folder: str, trainer_class, rows: int, length: int, **options):
@@ -111,7 +115,7 @@ def stage1(args, folder: str) -> dict:
         trainer.model_wrapped(*batch[:3], objective=trainer.objective).loss.backward()
 
     rounds = []
-    for _ in range(args.rounds):
+    for _ in tqdm(range(args.rounds), desc="stage 1", unit="round"):
         trainer.train()
         parts = [seconds(lambda: trainer.batch({"input_ids": text}), args.steps), seconds(speculate, args.steps)]
         trainer.model.zero_grad()
@@ -137,7 +141,7 @@ def stage2(args, folder: str) -> dict:
         return rows * args.new_tokens
 
     write = {"with states": lambda: trainer.sampler(prompts, 0).tokens.numel()}
-    rates = time_in_turn({"generate": generate} | write, args.rounds)
+    rates = time_in_turn({"generate": generate} | write, args.rounds, desc="stage 2")
     return {
         "step_s": clock.step(),
         "generate_tokens_per_second": statistics.median(rates["generate"]),

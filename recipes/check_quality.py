@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import output_file, positive, positive_number, run
+from modeling_speculator.command_line import output_file, positive, positive_number, run, say_end
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring.benchmarking import machine, versions
 from modeling_speculator.measuring.parsers import continuing_parser
@@ -30,7 +30,7 @@ def main() -> None:
     options = {"max_new_tokens": args.max_new_tokens, "pad_token_id": 0}
     warpers = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     greedy, plain, ours = [], [], []
-    for first in tqdm(range(0, len(order), args.batch_size), unit="batch"):
+    for first in tqdm(range(0, len(order), args.batch_size), desc="comparing", unit="batch"):
         numbers = order[first : first + args.batch_size]
         batch = [part.to(main_device(model)) for part in pad_left([rows[number] for number in numbers])]
         greedy += compare_greedy(model, speculator, *batch, **options)
@@ -59,19 +59,30 @@ def main() -> None:
         "machine": machine(),
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"Greedy: {report['identical_outputs']} of {len(prompts)} outputs are the base model's, token for token.")
+    show(report)
+    say_end(args.output)
+
+
+def show(report: dict) -> None:
+    print(
+        f"Greedy: {report['identical_outputs']} of {report['prompts']} outputs are the base model's, token for token."
+    )
     for row in report["differences"]:
         print(f"  other from token {row['position']} on, where the first two choices are {row['gap']:.1e} apart")
-    print(f"Sampled, {len(plain)} texts each:\n{'':18}{'plain':>10}{'speculative':>13}{'p':>8}")
+    print(f"Sampled, {report['samples']} texts each:\n{'':18}{'plain':>10}{'speculative':>13}{'p':>8}")
     for name, row in report["sampled"].items():
         print(f"{name:18}{row['plain']:10.3f}{row['speculative']:13.3f}{row['p_value']:8.2f}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = continuing_parser(__doc__)
-    parser.add_argument("--output", type=output_file, required=True, help="JSON file")
-    parser.add_argument("--samples", type=positive, default=2, help="texts per prompt and way to decode")
-    parser.add_argument("--temperature", type=positive_number, default=1.0)
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="JSON, for the results")
+    parser.add_argument(
+        "--samples", type=positive, default=2, metavar="TEXTS", help="per prompt, plainly and with the speculator"
+    )
+    parser.add_argument(
+        "--temperature", type=positive_number, default=1.0, metavar="NUMBER", help="of what is sampled"
+    )
     return parser.parse_args()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModel
 
-from modeling_speculator.command_line import output_folder, parser_of, run
+from modeling_speculator.command_line import command_of, output_folder, parser_of, run, say_end
 from modeling_speculator.formats import save_arctic
 from modeling_speculator.loading import base_model_config, check_is_hub_id, speculator_config
 from modeling_speculator.model_cards.provenance_file import trusted_provenance, write_provenance
@@ -20,11 +20,13 @@ from modeling_speculator.model_cards.provenance_file import trusted_provenance, 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--speculator", required=True, help="folder or Hub id")
-    parser.add_argument("--revision", help="of it on the Hub")
-    parser.add_argument("--to", required=True, choices=["mlp_speculator", "arctic"])
-    parser.add_argument("--output", type=output_folder, required=True, help="a new folder")
-    parser.add_argument("--base_model_archs", nargs="+", help="arctic: base models' classes; default: its own's")
+    parser.add_argument("--speculator", required=True, metavar="FOLDER_OR_ID", help="of any published form")
+    parser.add_argument("--revision", metavar="REVISION", help="of it on the Hub (default: the newest)")
+    parser.add_argument("--to", required=True, choices=["mlp_speculator", "arctic"], help="the form to write")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="a new one")
+    parser.add_argument(
+        "--base_model_archs", nargs="+", metavar="CLASS", help="arctic: of base models (default: its own one's)"
+    )
     args = parser.parse_args()
     if args.output.is_dir() and any(args.output.iterdir()):
         parser.error(f"{args.output} is not empty: take a new folder.")
@@ -37,7 +39,9 @@ def main() -> None:
     AutoModel.from_pretrained(args.output)  # what was written loads
     if provenance := trusted_provenance(args.speculator, args.revision):
         write_provenance(args.output, provenance)  # of the same numbers in other files
-    print(f"Written: {', '.join(str(path) for path in sorted(args.output.iterdir()))}")
+    base_model = config.base_model_name_or_path or "BASE_MODEL"
+    try_it = command_of("generate.py", base_model=base_model, speculator=args.output, prompt="Once upon a time")
+    say_end(*sorted(args.output.iterdir()), then={"try it": try_it})
 
 
 def architectures_of_base(speculator: str, config) -> list[str]:

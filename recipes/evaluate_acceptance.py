@@ -15,10 +15,12 @@ from functools import partial
 
 from modeling_speculator.command_line import (
     GOES_ON,
+    command_of,
     count,
     output_folder,
     positive,
     run,
+    say_end,
     temperature,
 )
 from modeling_speculator.configuration_mlp_speculator import DIALS
@@ -73,18 +75,31 @@ def main() -> None:
         drawing = partial(acceptance_report.figure_of_lengths, report, args.prompt_length, title)
         drawings["acceptance_by_length.png"] = drawing
     drawn = plots.write(args.output, drawings)
-    print(f"\n{page}\nWritten to {args.output}: {', '.join(['acceptance.json', 'acceptance.md', *drawn])}")
+    print(f"\n{page}")
+    flags = {"base_model": args.base_model, "speculator": args.speculator, "prompts": args.prompts}
+    then = command_of("benchmark_latency.py", **flags, output=args.output.with_name("latency"))
+    written = [args.output / name for name in ("acceptance.json", "acceptance.md", *drawn)]
+    say_end(*written, then={"how fast that is": then})
 
 
 def parse_args() -> argparse.Namespace:
     parser = continuing_parser(__doc__)
-    parser.add_argument("--output", type=output_folder, required=True, help="folder for acceptance.json, .md, .png")
-    parser.add_argument("--prompt_length", type=positive, nargs="+", default=[], help="tokens that prompts are cut to")
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="above 0: sampled, too")
-    parser.add_argument("--n_candidates", type=count, help="dials; default: the speculator's own")
-    parser.add_argument("--n_tree_nodes", type=positive)
-    parser.add_argument("--n_heads", type=positive)
-    parser.add_argument("--top_k_tokens_per_head", type=positive, nargs="+")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="FOLDER", help="for acceptance.json, .md, .png"
+    )
+    parser.add_argument(
+        "--prompt_length", type=positive, nargs="+", default=[], metavar="TOKENS", help="cut to (default: as they are)"
+    )
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="NUMBER", help="above 0: sampled, too; 0: greedy only"
+    )
+    own = "(default: the speculator's own)"
+    parser.add_argument("--n_candidates", type=count, metavar="CANDIDATES", help=f"per step; 0: no speculation {own}")
+    parser.add_argument("--n_tree_nodes", type=positive, metavar="NODES", help=f"per step {own}")
+    parser.add_argument("--n_heads", type=positive, metavar="HEADS", help=f"that draft {own}")
+    parser.add_argument(
+        "--top_k_tokens_per_head", type=positive, nargs="+", metavar="TOKENS", help=f"children per node {own}"
+    )
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ LOSS_KEYS = ("loss_weights", "head_weights", "target_temperature", "target_top_k
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, metavar="FILE", help="results.json of sweep.py")
     path = parser.parse_args().results
     try:
         results = json.loads(path.read_text())

@@ -10,7 +10,7 @@ Log in first (`hf auth login`). Interrupted and run again, it goes on. Only --fo
 import argparse
 import sys
 
-from modeling_speculator.command_line import GOES_ON, parser_of, run
+from modeling_speculator.command_line import GOES_ON, parser_of, run, same_command, say_next
 from modeling_speculator.model_cards import list_versions, publish
 from modeling_speculator.model_cards.publishing import tag_of
 
@@ -36,21 +36,26 @@ def main() -> None:
             print(f"{what}: {', '.join(names)}")
     what = "Would be sent to" if args.dry_run else "Sent:" if done.is_new else "Nothing new to send; it is there:"
     print(f"{what} {done.url}" + (f" ({tag_of(args.version)})" if args.version else ""))
+    if args.dry_run:
+        say_next({"send it": same_command(without="--dry_run")})
 
 
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--speculator", help="folder")
-    parser.add_argument("--repo_id", required=True, help="ORG/NAME")
-    parser.add_argument("--version", help="1.0.0 becomes the tag v1.0.0; default: no tag")
-    parser.add_argument("--acceptance", help="acceptance.json of evaluate_acceptance.py, for the card")
-    parser.add_argument("--latency", help="latency.json of benchmark_latency.py, for the card")
-    parser.add_argument("--base_model", help="its Hub id, where the config names a folder")
-    parser.add_argument("--base_model_revision", help="its commit")
-    parser.add_argument("--license", help="as the Hub writes it: apache-2.0, llama2, ...")
-    parser.add_argument("--branch", default="main", help="for nightly work")
-    parser.add_argument("--private", action="store_true", default=None)
-    parser.add_argument("--message", help="of the commit and the tag")
+    parser.add_argument("--speculator", metavar="FOLDER", help="what is pushed (default: none, with --list)")
+    parser.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="on the Hub")
+    parser.add_argument("--version", metavar="VERSION", help="1.0.0 becomes the tag v1.0.0 (default: no tag)")
+    none = "for the card (default: none)"
+    parser.add_argument("--acceptance", metavar="FILE", help=f"acceptance.json of evaluate_acceptance.py, {none}")
+    parser.add_argument("--latency", metavar="FILE", help=f"latency.json of benchmark_latency.py, {none}")
+    parser.add_argument("--base_model", metavar="ORG/NAME", help="of the base model (default: what the config names)")
+    parser.add_argument(
+        "--base_model_revision", metavar="COMMIT", help="of the base model (default: what the config names)"
+    )
+    parser.add_argument("--license", metavar="NAME", help="as the Hub writes it: apache-2.0, llama2 (default: none)")
+    parser.add_argument("--branch", default="main", metavar="NAME", help="nightly, for work in progress")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is seen by you alone")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit and the tag (default: its version)")
     parser.add_argument("--force", action="store_true", help="move the tag of a version that is there")
     parser.add_argument("--dry_run", action="store_true", help="show what would be sent")
     parser.add_argument("--list", action="store_true", help="the versions that are there, and their commits")

@@ -7,7 +7,6 @@ python recipes/quickstart.py --base_model meta-llama/Llama-2-13b-chat-hf \\
 Within twelve minutes on two CPU cores: what is trained is as large as the machine is fast.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -25,14 +24,16 @@ MINUTES = {"base_model": 3.75, "stage1": 1.0, "stage2": 2.5}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser_of(__doc__)
     parser.add_argument(
         "--output_dir",
         type=command_line.output_folder,
-        help="outputs/quickstart, or outputs/comparison of given models",
+        metavar="FOLDER",
+        help="for all that is made (default: outputs/quickstart, or outputs/comparison of given models)",
     )
-    parser.add_argument("--base_model", help="folder or Hub id; with --speculator, nothing is trained")
-    parser.add_argument("--speculator", help="folder or Hub id of a speculator for it")
+    given = {"metavar": "FOLDER_OR_ID"}
+    parser.add_argument("--base_model", **given, help="with --speculator, nothing is trained (default: train one)")
+    parser.add_argument("--speculator", **given, help="a speculator for it (default: train one)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fast", help="of the trainings, or of given models; fast: measured"
     )
@@ -49,6 +50,13 @@ def main() -> None:
         models = train(folder, args.precision)
     step("Comparing with plain generate")
     run("quickstart/compare.py", held_out=held_out, output_dir=folder, **models)
+    both = {"base_model": models["base_model"], "speculator": models["speculator"]}
+    measure = {"prompts": held_out, "batch_size": [1, 2, 4], "output": folder / "tuning"}
+    then = {
+        "try it": command_line.command_of("generate.py", **both, prompt="def quicksort(numbers):", compare=[]),
+        "find out whether it helps at your load": command_line.command_of("tune.py", **both, **measure),
+    }
+    command_line.say_end(folder, then=then)
 
 
 def train(folder: Path, precision: str) -> dict[str, Path | str]:
@@ -107,11 +115,8 @@ def run(script: str, done: Path | None = None, **flags) -> None:
     if done is not None and done.is_file():
         print(f"{done} is there: using it. Delete {done.parent} to make it anew.")
         return
-    arguments = []
-    for key, value in flags.items():
-        arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    print("python", f"recipes/{script}", *arguments, flush=True)
-    if command_line.run_script(RECIPES / script, *arguments):
+    print(command_line.command_of(script, **flags), flush=True)
+    if command_line.run_script(RECIPES / script, *command_line.flags_of(**flags)):
         sys.exit(f"recipes/{script} failed. The same command, run again, goes on from what is on disk.")
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 from transformers import AutoModel
 
 from modeling_speculator import command_line
-from modeling_speculator.command_line import positive, run_script
+from modeling_speculator.command_line import flags_of, last_lines, positive, run_script, say_end
 from modeling_speculator.loading import load_base_model
 from modeling_speculator.measuring import benchmarking, evaluation
 from modeling_speculator.precision import PRECISIONS, keep_precision
@@ -33,16 +34,29 @@ LAST = "trainer_state.json"  # what a training writes when it is done
 
 def main() -> None:
     parser = command_line.parser_of(__doc__)
-    parser.add_argument("--variants", type=Path, required=True, help="YAML: steps, seeds, variants")
-    parser.add_argument("--base_model", type=Path, default=Path("outputs/quickstart/base_model"))
-    parser.add_argument("--corpus", type=Path, default=Path("outputs/quickstart/corpus"), help="train, held_out.jsonl")
-    parser.add_argument("--inner_dim", type=positive, help="of variants that say none; default: sweeps/stage1.yaml's")
-    parser.add_argument("--output_dir", type=Path, help="of the speculators; default: outputs/sweeps/NAME")
-    parser.add_argument("--results", type=command_line.output_file, help="JSON file; default: results.json there")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the YAML's")
-    parser.add_argument("--only", nargs="+", help="variants; default: all")
+    parser.add_argument("--variants", type=Path, required=True, metavar="FILE", help="YAML: steps, seeds, variants")
+    here = Path("outputs/quickstart")
+    parser.add_argument(
+        "--base_model", type=Path, default=here / "base_model", metavar="FOLDER", help="to train speculators for"
+    )
+    parser.add_argument(
+        "--corpus", type=Path, default=here / "corpus", metavar="FOLDER", help="with train, held_out.jsonl"
+    )
+    parser.add_argument(
+        "--inner_dim", type=positive, metavar="WIDTH", help="where a variant has none (default: sweeps/stage1.yaml's)"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="FOLDER", help="of the speculators (default: outputs/sweeps/NAME)"
+    )
+    parser.add_argument(
+        "--results", type=command_line.output_file, metavar="FILE", help="JSON (default: results.json there)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="NUMBER", help="of the trainings (default: the YAML's)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of the YAML's (default: all)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="of the trainings")
-    parser.add_argument("--jobs", type=positive, default=2, help="trainings side by side, one thread each")
+    parser.add_argument("--jobs", type=positive, default=2, metavar="TRAININGS", help="side by side, one thread each")
     args = parser.parse_args()
     args.sweep = yaml.safe_load(args.variants.read_text())
     if not {"steps", "seeds", "variants"} <= set(args.sweep or ()):
@@ -54,6 +68,7 @@ def main() -> None:
     if unknown := set(names) - args.sweep["variants"].keys():
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
     args.precision = keep_precision(args.output_dir, args.precision)
+    print(f"Each training's output is in the log.txt beside it, below {args.output_dir}.", flush=True)
     texts = held_out_texts(args)
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
@@ -61,13 +76,17 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         trained = {run: pool.submit(train, args, *run) for run in runs}
         try:
-            rows = [{"variant": run[0], "seed": run[1]} | measure(trained[run].result(), texts) for run in runs]
+            rows = [
+                {"variant": run[0], "seed": run[1]} | measure(trained[run].result(), texts)
+                for run in tqdm(runs, desc="speculators", unit="speculator")
+            ]
         finally:  # where one fails, or is interrupted, those that wait are not begun
             pool.shutdown(cancel_futures=True)
     report = {"command": " ".join(["python", *sys.argv]), "sweep": args.sweep, "rows": rows}
     report |= {"base_model": str(args.base_model)}
     report |= {"versions": benchmarking.versions(), "machine": benchmarking.machine()}
     args.results.write_text(json.dumps(report, indent=1) + "\n")
+    say_end(args.results)
     sys.exit(run_script(RECIPES / "plot_sweep.py", str(args.results)))
 
 
@@ -118,11 +137,16 @@ def run(stage: int, flags: dict) -> None:
     folder.mkdir(parents=True)
     made_with.write_text(json.dumps(flags))
     command = ["--config", str(RECIPES / f"sweeps/stage{stage}.yaml")]
-    command += [part for key, values in flags.items() for part in (f"--{key}", *values)]
-    with open(folder / "log.txt", "w") as log:
-        options = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-        if run_script(RECIPES / "train_speculator.py", *command, **options):
-            sys.exit(f"{folder} failed: see log.txt there. The same sweep, run again, goes on.")
+    command += flags_of(**flags)
+    log = folder / "log.txt"
+    tqdm.write(f"Training, with its output in {log}")
+    with open(log, "w") as file:
+        options = {"stdout": file, "stderr": file, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+        status = run_script(RECIPES / "train_speculator.py", *command, **options)
+    if status:
+        sys.exit(
+            f"{last_lines(log)}\n{folder} failed; these are the last lines of {log}. Run again, the sweep goes on."
+        )
 
 
 def held_out_texts(args) -> dict[str, Continuations]:
@@ -132,7 +156,8 @@ def held_out_texts(args) -> dict[str, Continuations]:
     rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
     prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
     greedy, sampled = (
-        ContinuationSampler(base_model, NEW_TOKENS, temperature)(prompts, seed=0) for temperature in (0.0, 1.0)
+        ContinuationSampler(base_model, NEW_TOKENS, temperature)(prompts, seed=0)
+        for temperature in tqdm((0.0, 1.0), desc="texts to measure on", unit="text a prompt", leave=False)
     )
     varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in greedy.labels.tolist()])
     return {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}

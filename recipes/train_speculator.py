@@ -1,6 +1,7 @@
 """Trains a speculator, stage 1 or 2, from a recipe.
 
-accelerate launch recipes/train_speculator.py --config recipes/quickstart/stage1.yaml [--key value ...]
+accelerate launch --config_file recipes/accelerate_configs/single.yaml recipes/train_speculator.py \\
+    --config recipes/quickstart/stage1.yaml [--key value ...]
 accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/train_speculator.py \\
     --config recipes/llama2-7b/stage1.yaml
 python recipes/train_speculator.py --config recipes/llama2-7b/stage1.yaml --dry_run
@@ -12,7 +13,7 @@ from dataclasses import asdict
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-from modeling_speculator.command_line import FROM_CHECKPOINT, run
+from modeling_speculator.command_line import FROM_CHECKPOINT, run, say_end
 from modeling_speculator.loading import base_model_config, load_tokenizer
 from modeling_speculator.model_cards.provenance_file import trusted_provenance
 from modeling_speculator.trainers import (
@@ -22,6 +23,7 @@ from modeling_speculator.trainers import (
     hold,
     load_or_create_speculator,
     load_rows,
+    next_commands,
     open_run,
     parse_recipe,
     recipe_settings,
@@ -31,9 +33,10 @@ from modeling_speculator.transformers_api import save_model_only
 
 
 def main() -> None:
-    model_args, data_args, args = parse_recipe(sys.argv[1:])
+    model_args, data_args, args = parse_recipe(sys.argv[1:], description=__doc__)
     if args.dry_run:
         dry_run(sys.argv[1:])
+        print("Nothing was trained: the same command does it without --dry_run.")
         return
     with hold(args.output_dir):  # before anything takes long: it is refused at once, or not at all
         settings = recipe_settings(model_args, data_args, args)
@@ -78,12 +81,14 @@ def train(model_args, data_args, args, run) -> None:
     save_model_only(trainer)  # what is pushed is pushed below
     trainer.save_metrics("train", result.metrics)
     if validation_rows is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        say_end(
+            f"{args.output_dir}, the speculator; log.jsonl there", then=next_commands(sys.argv[1:], model_args, args)
+        )
     trainer.accelerator.end_training()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from modeling_speculator.checks import main_device
-from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run
+from modeling_speculator.command_line import GOES_ON, check_writable, output_folder, run, same_command, say_end
 from modeling_speculator.configuration_mlp_speculator import DIALS
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring import plots, tuning_report
@@ -48,7 +48,8 @@ def main() -> None:
     settings |= {"measured_prompts": MEASURED_PROMPTS, "between": BETWEEN}
     file = RecordFile(args.output / "tuning.jsonl", settings | {"machine": machine(with_date=False)})
     loads = list(product(args.batch_size, args.prompt_length))
-    for batch_size, length in loads:
+    for number, (batch_size, length) in enumerate(loads, start=1):
+        print(f"\nLoad {number} of {len(loads)}: batches of {batch_size}, prompts of {length} tokens", flush=True)
         if (batch_size, length) not in {load_of(record) for record in file.records}:
             n_prompts = -(-args.n_prompts // batch_size) * batch_size
             rows = cut_prompts(texts, length, n_prompts, max(args.prompt_length), tokenizer.bos_token_id)
@@ -64,16 +65,21 @@ def main() -> None:
     models = {"base model": args.base_model, "speculator": args.speculator}
     title = plots.title("Speed-up over plain generate, predicted and measured", models, report["machine"])
     drawn = plots.write(args.output, {"tuning.png": partial(tuning_report.figure, records, title)})
-    print(f"Written to {args.output}: {', '.join(['tuning.json', 'tuning.md', *drawn])}")
+    written, then = [args.output / name for name in ("tuning.json", "tuning.md", *drawn)], {}
     if args.write:
         speculator.config.update(records[0]["recommended"])
         speculator.config.save_pretrained(args.speculator)
-        print(f"Written: {args.speculator}/config.json, {records[0]['recommended']}")
+        written.append(f"{args.speculator}/config.json with the recommended dials")
+    elif len(loads) == 1 and Path(args.speculator).is_dir():
+        then["put the recommended dials into the speculator's config"] = f"{same_command()} --write"
+    say_end(*written, then=then)
 
 
 def parse_args() -> argparse.Namespace:
     parser = timing_parser(__doc__, n_prompts=16, max_new_tokens=64, rounds=3)
-    parser.add_argument("--output", type=output_folder, required=True, help="folder for tuning.json, .md, .png")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="FOLDER", help="for tuning.json, .md, .png"
+    )
     parser.add_argument("--write", action="store_true", help="put what is recommended into the speculator's config")
     args = parser.parse_args()
     if args.write and (len(args.batch_size) * len(args.prompt_length) > 1 or not Path(args.speculator).is_dir()):

@@ -290,6 +290,8 @@ def test_the_command(saved, tmp_path):
     assert {name: figures["prompts"] for name, figures in report["categories"].items()} == {"one": 2, "two": 1}
     assert report["settings"]["n_candidates"] == 2
     assert report["sampled"]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    assert "greedy: 100%" in done.stderr and "sampled: 100%" in done.stderr
+    assert f"Written: {tmp_path}/out/acceptance.json" in done.stdout and "benchmark_latency.py" in done.stdout
     assert "| greedy | 3 |" in done.stdout and "| sampled | 3 |" in done.stdout
     assert (tmp_path / "out/acceptance.md").read_text() in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

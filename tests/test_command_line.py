@@ -105,6 +105,42 @@ def test_numbers(kind, right, wrong):
             kind(text)
 
 
+def test_what_a_command_says_last(capsys, monkeypatch, tmp_path):
+    """What was written, and what comes next; inside another command only the first."""
+    next_one = command_line.command_of("tune.py", prompts=Path("my prompts.txt"), batch_size=[1, 4], write=[])
+    assert next_one == "python recipes/tune.py --prompts 'my prompts.txt' --batch_size 1 4 --write"
+    command_line.say_end(Path("out/a.json"), "out/b.png", then={"which dials are best": next_one})
+    said = f"\nWritten: out/a.json, out/b.png\nNext:\n  # which dials are best\n  {next_one}\n"
+    assert capsys.readouterr().out == said
+    command_line.say_end("out", then={})
+    assert capsys.readouterr().out == "\nWritten: out\n"
+    monkeypatch.setattr(sys, "argv", ["recipes/tune.py", "--dry_run", "--prompts", "my prompts.txt"])
+    assert command_line.same_command(without="--dry_run") == "python recipes/tune.py --prompts 'my prompts.txt'"
+    inner = tmp_path / "inner.py"
+    inner.write_text(LOAD + "command_line.say_end('out', then={'more': 'python more.py'})")
+    with open(tmp_path / "log.txt", "w") as log:
+        assert command_line.run_script(inner, stdout=log) == 0
+    assert (tmp_path / "log.txt").read_text() == "\nWritten: out\n"
+
+
+def test_the_last_lines_of_a_log(tmp_path):
+    (tmp_path / "log.txt").write_bytes(b"".join(b"line %d \xff\n" % number for number in range(50)))
+    assert command_line.last_lines(tmp_path / "log.txt", 2) == "line 48 \ufffd\nline 49 \ufffd"
+
+
+def test_defaults_are_shown_as_they_are_typed(capsys):
+    parser = command_line.parser_of("What it does.\n\npython this.py\n")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 20], metavar="TOKENS", help="of a prompt")
+    parser.add_argument("--share", default="5 %", metavar="SHARE", help="of 100 %%")
+    parser.add_argument("--limit", metavar="PROMPTS", help="at most (default: all)")
+    parser.add_argument("--needed", required=True, metavar="FOLDER", help="to read")
+    parser.add_argument("--quiet", action="store_true", help="says nothing")
+    shown = parser.format_help()
+    for line in ("of a prompt (default: 1 20)", "of 100 % (default: 5 %)", "at most (default: all)"):
+        assert f" {line}\n" in shown
+    assert "What it does.\n\npython this.py" in shown and shown.count("(default: ") == 3
+
+
 def test_folders_and_files_that_can_be_written(tmp_path):
     assert command_line.output_folder(str(tmp_path / "a/b")) == tmp_path / "a/b"
     assert list(tmp_path.iterdir()) == []  # it is made with what is written

@@ -45,14 +45,48 @@ def run(models, monkeypatch, capsys):
     return run_
 
 
+STATISTICS = (  # tokens, those of steps, steps, a mean; shares; a rate
+    r"^\[12 tokens, 11 of them in (\d+) steps: (\d\.\d\d) tokens per step; "
+    r"drafts accepted at positions 1 2 3: \d+ / \d+ / \d+ %; \d+\.\d tokens/s\]$"
+)
+
+
 def words(output):
-    """What was generated: the report and the colours left out."""
+    """What was generated: what is in brackets and the colours left out."""
     return re.findall(r"\bw\d+\b|unknown|user|assistant", re.sub(r"\[\d+ tokens.*\]|\033\[\d+m", "", output))
+
+
+def test_statistics(run):
+    """After the text, and what they say is what was counted."""
+    *text, last = run("--prompt", "w3 w4 w5").splitlines()
+    steps, mean = re.search(STATISTICS, last).groups()
+    assert float(mean) == pytest.approx(11 / int(steps), abs=0.01)
+    assert len(words(text[0])) == 12 and len(text) == 1
+    *_, last = run("--prompt", "w3 w4 w5", "--max_new_tokens", 1).splitlines()
+    assert last.startswith("[1 token, none of them in a step; ")
+
+
+def test_beside_plain_generate(run):
+    same = run("--prompt", "w3 w4 w5", "--compare")
+    assert len(words(same)) == 12
+    assert re.search(r"\[plain generate writes the same at \S+ tokens/s; with the speculator \S+ times as fast", same)
+    other = run("--prompt", "w3 w4 w5", "--compare", "--temperature", 1)  # which spends its seed otherwise
+    assert "[plain generate writes at" in other and len(words(other)) == 24
+
+
+def test_a_page_of_the_steps(run, tmp_path):
+    out = run("--prompt", "w3 w4 w5", "--html", tmp_path / "trace.html")
+    assert f"Written: {tmp_path / 'trace.html'}" in out and len(words(out)) == 12
+    page = (tmp_path / "trace.html").read_text()
+    shown = re.sub(r'<span class="draft">.*?</span></span>', "", page[page.index("</h2>") :], flags=re.DOTALL)
+    assert re.findall(r"\bw\d+\b", shown)[3:] == words(out)[:12]
+    with pytest.raises(SystemExit):
+        run("--prompt", "w3", "--html", tmp_path / "trace.html", "--compare")
 
 
 def test_streamed_and_colored_text_is_the_same(run):
     plain = run("--prompt", "w3 w4 w5")
-    assert "tokens_per_step" in plain
+    assert re.search(STATISTICS, plain.splitlines()[-1])
     assert len(words(plain)) == 12
     colored = run("--prompt", "w3 w4 w5", "--stream", "--color")
     assert words(colored) == words(plain)

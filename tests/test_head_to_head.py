@@ -54,6 +54,28 @@ def test_its_steps_are_commands_that_exist(commands, monkeypatch):
     assert (latency[1].n_candidates, latency[1].batch_size) == ([0, 5], [1, 4])
 
 
+def test_each_step_is_announced(monkeypatch, tmp_path, capsys):
+    commands = commands_in(tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    numbers = [line.split(":")[0] for line in out.splitlines() if line.startswith("== ")]
+    assert numbers == [f"== {number} of {len(commands)}" for number in range(1, len(commands) + 1)]
+    assert f"Written: {output_of(commands[0])}.json, " in out
+
+
+def test_a_training_that_fails_is_shown_by_its_log(monkeypatch, tmp_path, capsys):
+    sweep = load("sweep.py")
+
+    def run_script(script, *flags, stdout, **options):
+        stdout.write("step 1/2  loss 3.1\nValueError: too long\n")
+        return 1
+
+    monkeypatch.setattr(sweep, "run_script", run_script)
+    folder = tmp_path / "drafters/speculator-0/stage1"
+    with pytest.raises(SystemExit, match="ValueError: too long\n.*stage1 failed.*stage1/log.txt"):
+        sweep.run(1, {"output_dir": folder, "max_steps": 2})
+    assert f"output in {folder}/log.txt" in capsys.readouterr().out
+
+
 def test_what_it_measures_is_what_it_trains(commands):
     sweep = yaml.safe_load((RECIPES / "sweeps/drafters.yaml").read_text())
     folders = {f"{name}-{seed}".replace(" ", "_") for name in sweep["variants"] for seed in sweep["seeds"]}

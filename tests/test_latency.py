@@ -315,6 +315,8 @@ def test_the_command(tmp_path, drafters):
 
     done = run("--prompt_length", 4, 20)
     assert done.returncode == 0, done.stderr
+    assert "timing: " in done.stderr and "Load 4 of 4: batches of 2, prompts of 20 tokens" in done.stdout
+    assert f"Written: {tmp_path}/out/latency.json" in done.stdout and "recipes/tune.py" in done.stdout
     page = (tmp_path / "out/latency.md").read_text()
     assert "Only 0 of 3 prompts have 20 tokens" in page
     assert f"| speculator | {tmp_path / 'speculator'} |" in page and f"| medusa | {tmp_path / 'medusa'} |" in page

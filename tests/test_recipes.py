@@ -103,7 +103,7 @@ def test_documented_folders_are_those_that_the_recipes_write():
 
 def test_there_is_a_config_for_each_way_to_distribute():
     names = {path.stem for path in (ROOT / "recipes/accelerate_configs").glob("*.yaml")}
-    assert names == {"single_gpu", "multi_gpu", "fsdp2", "zero2", "zero3"}
+    assert names == {"single", "multi_gpu", "fsdp2", "zero2", "zero3"}
 
 
 def test_types_are_those_of_the_fields(recipe):

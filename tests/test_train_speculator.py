@@ -1,6 +1,7 @@
 """The training script from the command line, both stages, on a tiny base model."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "recipes/train_speculator.py")
 LAUNCHERS = {
     "python": [sys.executable, SCRIPT],
-    "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", SCRIPT],
+    "accelerate launch": [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(ROOT / "recipes/accelerate_configs/single.yaml"), SCRIPT),
+    ],
 }
 
 
@@ -52,7 +56,11 @@ def test_both_stages(folder):
     options = ["--stage", "2", "--prompt_length", "8", "--generation_length", "12", "--speculator", stage1]
     code, output = train(folder, "accelerate launch", *options, "--max_steps", "2", "--output_dir", stage2)
     assert code == 0, output
-    assert "eval_accuracy_head_2" in output
+    assert "were not passed to `accelerate launch`" not in output
+    assert re.search(
+        r"^evaluation at step 2: loss \S+, heads \d+ / \d+ %, \S+ tokens per step, ", output, re.MULTILINE
+    )
+    assert "  # try it\n  python recipes/generate.py --base_model" in output
     speculator = AutoModel.from_pretrained(stage2)
     assert (speculator.config.n_predict, speculator.config.top_k_tokens_per_head) == (2, [3, 2])
     assert speculator.config.base_model_name_or_path == str(folder / "base_model")
@@ -74,4 +82,4 @@ def test_a_quantized_base_model(folder, tmp_path, bits):
     options += ["--prompt_length", "8", "--generation_length", "12", "--max_steps", "2"]
     code, output = train(folder, "python", *options, "--output_dir", str(tmp_path / "speculator"))
     assert code == 0, output
-    assert "eval_tokens_per_step" in output
+    assert "tokens per step" in output

@@ -202,6 +202,9 @@ def test_the_command(tmp_path, speculator):
 
     done = run("--batch_size", 1, "--output", tmp_path / "out", "--write")
     assert done.returncode == 0, done.stderr
+    for name in ("texts", "costs of a step", "predictions", "the fastest, measured"):
+        assert f"{name}: " in done.stderr
+    assert "Load 1 of 1: batches of 1, prompts of 6 tokens" in done.stdout
     report = json.loads((tmp_path / "out/tuning.json").read_text())
     (load,) = report["loads"]
     assert {"cost_ms", "measured_steps", "recommended", "verified", "predictions"} <= load.keys()

@@ -3,6 +3,8 @@
 from .data import load_rows, pack, split
 from .distillation_trainer import DistillationTrainer
 from .dry_run import dry_run
+from .next_commands import next_commands
+from .recipe_parser import parse_recipe
 from .run_lock import hold
 from .run_record import latest_checkpoint, open_run, read_record
 from .run_settings import recipe_settings, training_settings
@@ -10,7 +12,7 @@ from .safe_trainer import SafeTrainer
 from .speculator_trainer import SpeculatorTrainer
 from .speculators import load_or_create_speculator
 from .texts import load_texts
-from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments, parse_recipe
+from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments
 
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "load_or_create_speculator",
     "load_rows",
     "load_texts",
+    "next_commands",
     "open_run",
     "pack",
     "parse_recipe",

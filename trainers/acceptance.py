@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from ..measuring.evaluation import accepted_drafts, simulate_steps
 from .continuations import Continuations, ContinuationSampler
@@ -18,6 +19,7 @@ class ExpectedAcceptance:
         samplers: {name of the metric: how its texts are written}.
         n_prompts: at most, over all processes; spread evenly over the rows of a dataset.
         prompt_length: tokens of a row that are its prompt.
+        shows_bar: while the texts are written.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class ExpectedAcceptance:
         n_prompts: int,
         prompt_length: int,
         seed: int,
+        shows_bar: bool = True,
     ):
         self.samplers, self.accelerator = samplers, accelerator
+        self.shows_bar = shows_bar and accelerator.is_main_process
         self.n_prompts, self.prompt_length, self.seed = n_prompts, prompt_length, seed
         self._prompts, self._texts = None, {}
 
@@ -66,8 +70,9 @@ class ExpectedAcceptance:
     def _write(self, prompts: torch.Tensor, n_own: int) -> None:
         if self._prompts is not None and torch.equal(prompts, self._prompts):
             return
+        shown = {"desc": "texts to evaluate on", "unit": "batch", "leave": False, "disable": not self.shows_bar}
         for name, sampler in self.samplers.items():
-            parts = prompts.to(self.accelerator.device).split(ROWS_TO_WRITE)
+            parts = tqdm(prompts.to(self.accelerator.device).split(ROWS_TO_WRITE), **shown)
             texts = [Continuations(*(part.cpu() for part in sampler(some, self.seed))) for some in parts]
             for row in range(n_own, len(prompts)):  # these count in another process
                 texts[row // ROWS_TO_WRITE].labels[row % ROWS_TO_WRITE] = -100

@@ -33,7 +33,7 @@ def check_distribution(accelerator: Accelerator, num_processes: int | None) -> N
         if os.environ.get(variable, "false").lower() == "true" and accelerator.distributed_type != expected:
             raise ValueError(
                 f"accelerate was configured for {expected.value}, but runs as {accelerator.distributed_type.value}: "
-                "it needs several processes with a GPU each. Take recipes/accelerate_configs/single_gpu.yaml or "
+                "it needs several processes with a GPU each. Take recipes/accelerate_configs/single.yaml or "
                 "multi_gpu.yaml."
             )
 

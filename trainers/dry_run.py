@@ -18,8 +18,9 @@ from .base_model import read
 from .chunked import CHUNK_ELEMENTS
 from .data import load_texts
 from .objective import Objective
+from .recipe_parser import parse_recipe, split_config
 from .speculators import new_config
-from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments, parse_recipe, split_config
+from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArguments
 
 
 GIB = 2**30

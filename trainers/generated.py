@@ -68,7 +68,8 @@ def _write_missing(
     accelerator.wait_for_everyone()
     _check_description(folder, described)
     files, done = _finished(folder)
-    with tqdm(total=n_rows, initial=done, unit="prompt", disable=not accelerator.is_main_process) as progress:
+    shown = {"desc": "continuations", "unit": "prompt", "disable": not accelerator.is_main_process}
+    with tqdm(total=n_rows, initial=done, **shown) as progress:
         while done < n_rows:
             end = min(done + ROWS_PER_FILE, n_rows)
             texts = _continue(range(done, end), prompts, sampler, accelerator, batch_size, seed)

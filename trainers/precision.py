@@ -11,7 +11,7 @@ from ..precision import check_precision, resolve_precision
 from .run_record import latest_checkpoint
 
 
-_BY_THE_LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` sets, and TrainingArguments reads
+BY_THE_LAUNCHER = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` sets, and TrainingArguments reads
 _MIXED = {"float32": "no", "bfloat16": "bf16"}
 
 
@@ -31,7 +31,7 @@ def settle_precision(args: TrainingArguments) -> None:
     if args.precision == "fast":
         args.precision = _fast(args)
     args.bf16 = args.precision == "bfloat16"
-    launched = os.environ.get(_BY_THE_LAUNCHER, "no")
+    launched = os.environ.get(BY_THE_LAUNCHER, "no")
     if launched not in ("no", _MIXED[args.precision]):
         raise ValueError(
             f"The launcher asks for mixed precision {launched}, but `precision` is {args.precision}. Launch with "

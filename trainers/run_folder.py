@@ -8,12 +8,13 @@ from .checkpoints import checkpoints
 
 
 RECORD = "run.json"  # of run_record.py
+LOG = "log.jsonl"  # of log_lines.py
 _STATE = "trainer_state.json"
 _WRITTEN = (
     *(WEIGHTS, SHARDS, f"{WEIGHTS}.index.json", "config.json", "generation_config.json"),
     *("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
     *(_STATE, "training_args.bin", "train_results.json", "eval_results.json", "all_results.json"),
-    *(FILE, f"{FILE}.unfinished", RECORD, f"{RECORD}.unfinished"),
+    *(FILE, f"{FILE}.unfinished", RECORD, f"{RECORD}.unfinished", LOG),
 )
 _EVENTS = "events.out.tfevents.*"  # of TensorBoard
 

@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..model_cards.provenance_file import weights_in
 from ..transformers_api import check_contract, run_dir
 from .checkpoints import MARKER, can_resume, checkpoints, mark_complete, rotate
 from .launch import in_main_process
+from .log_lines import LogLines
 from .run_folder import check_room
 from .run_lock import hold
 from .run_record import RunRecord, open_run
@@ -32,6 +34,9 @@ class SafeTrainer(Trainer):
         check_contract("train")
         self.run = run
         super().__init__(*args, **kwargs)
+        for theirs in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(theirs)
+        self.add_callback(LogLines())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer`.

@@ -113,6 +113,7 @@ class SpeculatorTrainer(PublishingTrainer):
             args.evaluation_prompts,
             prompt_length,
             self.generation_seed,
+            shows_bar=not args.disable_tqdm,
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
         self.facts, self.seconds, self.started = facts, 0.0, None  # seconds of training, but for those since `started`

@@ -60,7 +60,8 @@ def measure_prompts(
     Raises:
         ValueError: for a prompt whose first turn is too long.
     """
-    with tqdm(total=sum(len(prompt.turns) for prompt in prompts), unit="turn") as progress:
+    name = "sampled" if options.get("do_sample") else "greedy"
+    with tqdm(desc=name, total=sum(len(prompt.turns) for prompt in prompts), unit="turn") as progress:
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
             rows = _rows_of(turn, prompts, file, tokenizer, chat)
             done = {record["prompt"] for record in file.records if record["turn"] == turn}

@@ -14,34 +14,37 @@ from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..statistics import SpeculationStatistics
 
 
-def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+def time_in_turn(runs: dict[str, Callable[[], int]], rounds: int, desc: str = "timing") -> dict[str, list[float]]:
     """Times runs that each return a number of tokens, A B A B, after one untimed round.
 
     In turn, because a machine's speed drifts by more than what is compared.
 
+    Args:
+        desc: the name of the bar that shows how far it is.
+
     Returns:
         Tokens per second of each run in each round.
     """
-    tokens = {name: run() for name, run in runs.items()}
-    seconds = seconds_in_turn(runs, rounds)
+    tokens = {name: run() for name, run in tqdm(runs.items(), desc=f"{desc}, a first round", leave=False)}
+    seconds = seconds_in_turn(runs, rounds, desc)
     return {name: [tokens[name] / each for each in seconds[name]] for name in runs}
 
 
-def seconds_in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+def seconds_in_turn(runs: dict[str, Callable], rounds: int, desc: str = "timing") -> dict[str, list[float]]:
     """Times runs, A B A B: seconds of each run in each round."""
     seconds = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+    for name, run in tqdm([*runs.items()] * rounds, desc=desc, unit="run", leave=False):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -41,20 +41,22 @@ def measure_latency(model, methods: list[Method], batches: Batches, new_tokens: 
         run.attempt(run.warm_up)
     plain = next((run for run in runs if run.method.name == "generate"), None)
     others = [run for run in runs if run is not plain]
-    for _ in range(rounds):
-        for first in range(0, max(1, len(others)), BETWEEN):
-            _time(plain)
-            group = others[first : first + BETWEEN]
-            for number, run in enumerate(group, start=1):
-                run.among_plain.append((len(plain.whole) - 1 if plain else 0, number / (len(group) + 1)))
-                _time(run)
-        _time(plain)
+    groups = [others[first : first + BETWEEN] for first in range(0, max(1, len(others)), BETWEEN)]
+    with tqdm(total=rounds * (len(others) + len(groups) + 1), desc="timing", unit="run", leave=False) as progress:
+        for _ in range(rounds):
+            for group in groups:
+                _time(plain, progress)
+                for number, run in enumerate(group, start=1):
+                    run.among_plain.append((len(plain.whole) - 1 if plain else 0, number / (len(group) + 1)))
+                    _time(run, progress)
+            _time(plain, progress)
     return [run.row(plain) for run in runs]
 
 
-def _time(run: "_Runs | None") -> None:
+def _time(run: "_Runs | None", progress: tqdm) -> None:
     if run is not None:
         run.attempt(run.time)
+    progress.update()
 
 
 class _Runs:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import combinations
 
 import torch
+from tqdm import tqdm
 
 from ..candidate_tree import CandidateTree, max_nodes
 from ..configuration_mlp_speculator import DIALS
@@ -53,7 +54,7 @@ class Texts:
         self.model, self.prompts, self.new_tokens, length = model, prompts, new_tokens, prompts.shape[1]
         options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         texts, states = [], []
-        for some in prompts.split(batch_size):
+        for some in tqdm(prompts.split(batch_size), desc="texts", unit="batch", leave=False):
             texts.append(model.generate(some, attention_mask=torch.ones_like(some), **options))
             states.append(read_context_vectors(model, texts[-1], torch.ones_like(some))[:, length - 1 : -1])
         self.tokens, self.states = torch.cat(texts)[:, length:], torch.cat(states)
@@ -113,7 +114,14 @@ def work(config) -> tuple[int, int]:
 
 
 def decoding_seconds(
-    model, speculator, prompts: torch.Tensor, batch_size: int, new_tokens: int, every: list[dict | None], rounds: int
+    model,
+    speculator,
+    prompts: torch.Tensor,
+    batch_size: int,
+    new_tokens: int,
+    every: list[dict | None],
+    rounds: int,
+    desc: str,
 ) -> list[list[float]]:
     """How long decoding takes after the first token, plainly (None) or with each of some dials, run in turn."""
 
@@ -125,9 +133,9 @@ def decoding_seconds(
                 model.generate(some, attention_mask=torch.ones_like(some), **options)
 
     runs = {(at, n): partial(run, dials, n) for at, dials in enumerate(every) for n in (1, new_tokens)}
-    for warm_up in runs.values():
+    for warm_up in tqdm(runs.values(), desc=f"{desc}, a first round", unit="run", leave=False):
         warm_up()
-    seconds = seconds_in_turn(runs, rounds)
+    seconds = seconds_in_turn(runs, rounds, desc)
     pairs = [(seconds[at, 1], seconds[at, new_tokens]) for at in range(len(every))]
     return [[whole - first for first, whole in zip(*pair, strict=True)] for pair in pairs]
 
@@ -146,7 +154,9 @@ def measure_steps(model, speculator, texts: Texts, batch_size: int, rounds: int 
     n_prompts = -(-min(MEASURED_PROMPTS, len(texts.prompts)) // batch_size) * batch_size
     some = texts.prompts[:n_prompts]
     every = [each for at, dials in enumerate(sampled) for each in ([] if at % BETWEEN else [None]) + [dials]] + [None]
-    seconds = decoding_seconds(model, speculator, some, batch_size, texts.new_tokens, every, rounds)
+    seconds = decoding_seconds(
+        model, speculator, some, batch_size, texts.new_tokens, every, rounds, desc="costs of a step"
+    )
     plain = [at for at, dials in enumerate(every) if dials is None]
     usual = statistics.median(second for at in plain for second in seconds[at])
     rows = []
@@ -189,7 +199,7 @@ def predict(speculator, texts: Texts, batch_size: int, cost: StepCost, plain_ms:
         plain_ms: what plain `generate` takes for a token of every row.
     """
     rows = []
-    for dials in grid(speculator.config):
+    for dials in tqdm(grid(speculator.config), desc="predictions", unit="dials", leave=False):
         with turned(speculator, dials):
             steps = texts.steps(speculator)
             step_ms = cost.of(texts.nodes(speculator, batch_size), *work(speculator.config))
@@ -226,8 +236,9 @@ def tune(model, speculator, prompts: torch.Tensor, batch_size: int, new_tokens: 
     predictions = predict(speculator, texts, batch_size, cost, plain_ms)
     by_dials = {str(_dials_in(row)): row for row in predictions}
     to_verify = {str(dials): dials for dials in (_dials_in(predictions[0]), dials_of(speculator))}
+    every = [None, *to_verify.values()]
     plain, *seconds = decoding_seconds(
-        model, speculator, prompts, batch_size, new_tokens, [None, *to_verify.values()], rounds
+        model, speculator, prompts, batch_size, new_tokens, every, rounds, desc="the fastest, measured"
     )
     n_tokens = len(prompts) * (new_tokens - 1)
     plain_rate = n_tokens / statistics.median(plain)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_speculator import SpeculationStatistics
-from modeling_speculator.command_line import positive, run
+from modeling_speculator.command_line import parser_of, positive, run, say_end
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring import benchmarking, plots
 from modeling_speculator.measuring.evaluation import generate_greedily, loops
@@ -33,7 +33,7 @@ def main() -> None:
 
     def compare(speculator, label: str) -> list[GreedyOutcome]:
         compared = []
-        for prompt in tqdm(prompts, desc=label):
+        for prompt in tqdm(prompts, desc=label, unit="prompt"):
             mask = torch.ones_like(prompt)
             compared += compare_greedy(model, speculator, prompt, mask, max_new_tokens=args.max_new_tokens)
         return compared
@@ -41,32 +41,35 @@ def main() -> None:
     before = compare(load_speculator(args.stage1, model), "after stage 1") if args.stage1 else None
     outcomes = compare(speculator, "speculative")
 
-    def generate_all(label: str, **options) -> int:
-        outputs = [generate_greedily(model, p, args.max_new_tokens, **options) for p in tqdm(prompts, desc=label)]
+    def generate_all(**options) -> int:
+        outputs = [generate_greedily(model, prompt, args.max_new_tokens, **options) for prompt in prompts]
         return sum(out.shape[1] - prompt.shape[1] for out, prompt in zip(outputs, prompts, strict=True))
 
     rates = benchmarking.time_in_turn(
-        {
-            "base": lambda: generate_all("plain       "),
-            "speculative": lambda: generate_all("speculative ", assistant_model=speculator),
-        },
-        ROUNDS,
+        {"base": generate_all, "speculative": lambda: generate_all(assistant_model=speculator)}, ROUNDS
     )
-    write_report(args, str(model.dtype), before, outcomes, rates)
+    written = write_report(args, str(model.dtype), before, outcomes, rates)
     show(*max(zip(prompts, outcomes, strict=True), key=lambda pair: pair[1].distinct_4grams), tokenizer)
+    say_end(*(args.output_dir / name for name in written))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder or Hub id")
-    parser.add_argument("--speculator", required=True, help="folder or Hub id of a speculator for it")
-    parser.add_argument("--stage1", help="the same speculator after stage 1, to compare with")
-    parser.add_argument("--held_out", type=Path, required=True, help="jsonl with `text`, to cut prompts from")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--precision", choices=PRECISIONS, help="fast is measured; default: as the model was saved")
-    parser.add_argument("--prompts", type=positive, default=24, help="at most; one of each held-out file")
-    parser.add_argument("--prompt_length", type=positive, default=64, help="tokens")
-    parser.add_argument("--max_new_tokens", type=positive, default=32)
+    parser = parser_of(__doc__)
+    parser.add_argument("--base_model", required=True, metavar="FOLDER_OR_ID", help="the model to speed up")
+    parser.add_argument("--speculator", required=True, metavar="FOLDER_OR_ID", help="a speculator for it")
+    parser.add_argument("--stage1", metavar="FOLDER", help="the same one after stage 1, to compare (default: none)")
+    parser.add_argument(
+        "--held_out", type=Path, required=True, metavar="FILE", help="jsonl with `text`, to cut prompts from"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="FOLDER", help="for report.json, acceptance.png"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="fast: measured (default: as the model was saved)")
+    parser.add_argument(
+        "--prompts", type=positive, default=24, metavar="PROMPTS", help="at most; one of each held-out file"
+    )
+    parser.add_argument("--prompt_length", type=positive, default=64, metavar="TOKENS", help="of a prompt")
+    parser.add_argument("--max_new_tokens", type=positive, default=32, metavar="TOKENS", help="after each prompt")
     return parser.parse_args()
 
 
@@ -98,8 +101,8 @@ def pool(outcomes: list[GreedyOutcome]) -> SpeculationStatistics:
     return SpeculationStatistics.pool(outcome.speculation for outcome in outcomes)
 
 
-def write_report(args, dtype: str, before: list | None, outcomes: list[GreedyOutcome], rates: dict) -> None:
-    """Writes report.json and acceptance.png, and prints the figures."""
+def write_report(args, dtype: str, before: list | None, outcomes: list[GreedyOutcome], rates: dict) -> list[str]:
+    """Writes report.json and acceptance.png, and prints the figures; the names of what was written."""
     stages = {"after stage 1": pool(before), "after stage 2": pool(outcomes)} if before else {"": pool(outcomes)}
     varied = [outcome for outcome in outcomes if not loops(outcome.continuation)]
     distinct = [outcome.distinct_4grams for outcome in outcomes]
@@ -134,9 +137,9 @@ def write_report(args, dtype: str, before: list | None, outcomes: list[GreedyOut
         print(f"{key:32}{[round(v, 3) for v in value] if isinstance(value, list) else value and round(value, 3)}")
     print(
         f"\n{len(outcomes) - len(varied)} of {len(outcomes)} continuations loop (half or more of their 4-grams are "
-        "repetitions). A loop is easy to guess and flatters every speculator: see tokens_per_step_without_loops.\n"
-        f"Written to {args.output_dir}: {', '.join(['report.json', *drawn])}"
+        "repetitions). A loop is easy to guess and flatters every speculator: see tokens_per_step_without_loops."
     )
+    return ["report.json", *drawn]
 
 
 def by_position(stages: dict[str, SpeculationStatistics], title: str):

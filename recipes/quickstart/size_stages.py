@@ -4,7 +4,6 @@ python recipes/quickstart/size_stages.py --base_model base_model --corpus corpus
     --output stages.json
 """
 
-import argparse
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_speculator.command_line import positive_number, run
+from modeling_speculator.command_line import parser_of, positive_number, run, say_end
 from modeling_speculator.precision import PRECISIONS
 from modeling_speculator.trainers import (
     DistillationTrainer,
@@ -25,20 +24,24 @@ from modeling_speculator.trainers.pace import seconds_per_step, spoken, steps_wi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True, help="folder")
-    parser.add_argument("--corpus", required=True, help="jsonl with `text`")
-    parser.add_argument("--output", type=Path, required=True, help="JSON: {stage: steps}")
-    parser.add_argument("--minutes", type=positive_number, nargs=2, required=True, help="of stage 1 and stage 2")
+    parser = parser_of(__doc__)
+    parser.add_argument("--base_model", required=True, metavar="FOLDER", help="to train speculators for")
+    parser.add_argument("--corpus", required=True, metavar="FILE", help="jsonl with `text`, to train on")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON: {stage: steps}")
+    parser.add_argument(
+        "--minutes", type=positive_number, nargs=2, required=True, metavar="MINUTES", help="of stage 1 and of stage 2"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
     args = parser.parse_args()
     steps = {}
     for stage, minutes in enumerate(args.minutes, start=1):
+        print(f"Measuring a step of stage {stage}, for some seconds", flush=True)
         seconds = measure(stage, args)
         most = parse_recipe(["--config", recipe_of(stage), "--precision", "float32"])[2].max_steps
         fitting = steps[f"stage{stage}"] = steps_within(minutes, seconds, most)
         print(f"Stage {stage}: a step takes {seconds:.2f} seconds here, {fitting} steps {spoken(fitting * seconds)}.")
     args.output.write_text(json.dumps(steps) + "\n")
+    say_end(args.output)
 
 
 def measure(stage: int, args) -> float:

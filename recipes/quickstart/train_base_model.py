@@ -23,7 +23,15 @@ from transformers import (
     set_seed,
 )
 
-from modeling_speculator.command_line import FROM_CHECKPOINT, positive, positive_number, run
+from modeling_speculator.command_line import (
+    FROM_CHECKPOINT,
+    command_of,
+    parser_of,
+    positive,
+    positive_number,
+    run,
+    say_end,
+)
 from modeling_speculator.measuring.benchmarking import machine, versions
 from modeling_speculator.model_cards.provenance_file import read_provenance, write_provenance
 from modeling_speculator.precision import PRECISIONS, go_on_in
@@ -110,22 +118,27 @@ def train(args: argparse.Namespace) -> None:
     training.save_model()
     write_provenance(args.output_dir, facts)  # of these weights
     training.save_state()
+    speculator = {"config": "recipes/quickstart/stage1.yaml", "base_model": args.output_dir, "data_files": args.corpus}
+    then = {"a speculator for it, stage 1": command_of("train_speculator.py", **speculator)}
+    say_end(f"{args.output_dir}, the model; log.jsonl there", then=then)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="jsonl with `text`")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--tokenizer", help="folder or Hub id: that of the model to draft for")
-    parser.add_argument("--max_steps", type=positive, default=800)
+    parser = parser_of(__doc__)
+    parser.add_argument("--corpus", type=Path, required=True, metavar="FILE", help="jsonl with `text`, to train on")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="of the trained model")
     parser.add_argument(
-        "--minutes", type=positive_number, help="train fewer steps where those take longer on this machine"
+        "--tokenizer", metavar="FOLDER_OR_ID", help="that of the model to draft for (default: a new one is trained)"
+    )
+    parser.add_argument("--max_steps", type=positive, default=800, metavar="STEPS", help="of the training, at most")
+    parser.add_argument(
+        "--minutes", type=positive_number, metavar="MINUTES", help="fewer steps where they take longer (default: all)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fast", help="fast: whichever is, on this machine")
-    parser.add_argument("--learning_rate", type=positive_number, default=2e-3)
+    parser.add_argument("--learning_rate", type=positive_number, default=2e-3, metavar="RATE", help="at its peak")
     # Deep and narrow, as large models are beside their speculators: with few layers a host's overhead decides.
-    parser.add_argument("--num_hidden_layers", type=positive, default=10)
-    parser.add_argument("--hidden_size", type=positive, default=192)
+    parser.add_argument("--num_hidden_layers", type=positive, default=10, metavar="LAYERS", help="of the model")
+    parser.add_argument("--hidden_size", type=positive, default=192, metavar="WIDTH", help="of the model")
     return parser.parse_args()
 
 

@@ -4,12 +4,11 @@ python recipes/quickstart/write_corpus.py --output_dir outputs/quickstart/corpus
 python recipes/quickstart/write_corpus.py --output_dir outputs/stories/corpus --texts stories.jsonl
 """
 
-import argparse
 import json
 import sysconfig
 from pathlib import Path
 
-from modeling_speculator.command_line import run
+from modeling_speculator.command_line import command_of, parser_of, run, say_end
 from modeling_speculator.measuring.text_files import rows_of
 
 
@@ -20,14 +19,21 @@ HELD_OUT_EVERY = 20  # files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, help="jsonl with `text`, to split instead")
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="FOLDER", help="for train.jsonl, held_out.jsonl"
+    )
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="jsonl with `text`, to split (default: the standard library)"
+    )
     args = parser.parse_args()
     rows = library() if args.texts is None else texts_of(args.texts)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write(args.output_dir / "train.jsonl", [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY])
     write(args.output_dir / "held_out.jsonl", rows[::HELD_OUT_EVERY])
+    model = {"corpus": args.output_dir / "train.jsonl", "output_dir": args.output_dir.with_name("base_model")}
+    then = {"a base model": command_of("quickstart/train_base_model.py", **model)}
+    say_end(args.output_dir / "train.jsonl", args.output_dir / "held_out.jsonl", then=then)
 
 
 def library() -> list[dict]:
