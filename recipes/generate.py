@@ -17,18 +17,17 @@ import time
 
 import torch
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 from modeling_speculator import SpeculationStatistics
 from modeling_speculator.command_line import count, output_file, parser_of, positive, run, say_end, temperature
 from modeling_speculator.loading import load_base_model, load_speculator
 from modeling_speculator.measuring.benchmarking import machine, machine_name
 from modeling_speculator.measuring.prompts import read_prompts
-from modeling_speculator.measuring.trace_page import TracedText, render
+from modeling_speculator.measuring.streamer import StepStreamer
+from modeling_speculator.measuring.trace_page import render, traced_texts
 from modeling_speculator.transformers_api import CACHE
 
 
-COLORS, PLAIN = ("\033[36m", "\033[33m"), "\033[0m"
 DIALS = {
     "n_candidates": (count, "CANDIDATES", "drafted per step; 0: no speculation"),
     "n_tree_nodes": (positive, "NODES", "drafted per step, the most probable ones"),
@@ -128,16 +127,6 @@ def generate(args, model, tokenizer, drafter, **options) -> tuple:
     return out, n_tokens / seconds
 
 
-def traced_texts(out, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[TracedText]:
-    """Each row of a batch, without padding."""
-    texts = []
-    for row, speculation in enumerate(out.speculation.per_sequence):
-        end = input_ids.shape[1] + 1 + speculation.tokens
-        prompt, continuation = input_ids[row][attention_mask[row] == 1], out.sequences[row, input_ids.shape[1] : end]
-        texts.append(TracedText(prompt.tolist(), continuation.tolist(), speculation))
-    return texts
-
-
 def decode(tokenizer, out, input_ids: torch.Tensor, **inputs) -> list[str]:
     return tokenizer.batch_decode(out.sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
 
@@ -154,37 +143,6 @@ def in_words(speculation: SpeculationStatistics, rows: int) -> str:
         f"{total}, {speculation.tokens} of them in {speculation.steps} steps: {speculation.tokens_per_step:.2f} "
         f"tokens per step; drafts accepted at positions {positions}: {shares} %"
     )
-
-
-class StepStreamer(BaseStreamer):
-    """Prints text as it comes, the tokens of each forward of the base model in another colour."""
-
-    def __init__(self, tokenizer, model, color: bool):
-        self.tokenizer, self.color = tokenizer, color
-        self.tokens, self.shown, self.forwards = None, "", 0
-        self.handle = model.register_forward_hook(self.count)
-
-    def count(self, *args) -> None:
-        self.forwards += 1
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.tokens is None:  # the prompt
-            self.tokens = []
-            return
-        self.tokens += value.tolist()
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # the middle of a character
-            self.show(text)
-
-    def show(self, text: str) -> None:
-        color, end = (COLORS[self.forwards % 2], PLAIN) if self.color else ("", "")
-        print(color + text[len(self.shown) :] + end, end="", flush=True)
-        self.shown = text
-
-    def end(self) -> None:
-        self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        self.handle.remove()
-        print()
 
 
 def chat(args, model, tokenizer, speculator) -> None:

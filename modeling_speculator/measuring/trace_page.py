@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..statistics import SpeculationStatistics
@@ -26,6 +27,16 @@ class TracedText:
     prompt: list[int]
     continuation: list[int]
     speculation: SpeculationStatistics
+
+
+def traced_texts(out, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[TracedText]:
+    """Each row of a batch, without padding."""
+    texts = []
+    for row, speculation in enumerate(out.speculation.per_sequence):
+        end = input_ids.shape[1] + 1 + speculation.tokens
+        prompt, continuation = input_ids[row][attention_mask[row] == 1], out.sequences[row, input_ids.shape[1] : end]
+        texts.append(TracedText(prompt.tolist(), continuation.tolist(), speculation))
+    return texts
 
 
 def render(texts: list[TracedText], tokenizer: PreTrainedTokenizerBase, facts: dict[str, str]) -> str:
