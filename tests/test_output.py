@@ -81,7 +81,7 @@ def test_every_option_has_help_unit_and_default(parser_of, command):
     assert problems(parser) == []
     ours = [action for action in parser._actions if command != "train_speculator.py" or action.dest in OURS]
     shown = parser.format_help()
-    names = {action.option_strings[0] for action in ours if action.option_strings[0][:5] != "--no_"}
+    names = {name for action in ours for name in action.option_strings[:1] if not name.startswith("--no_")}
     missing = [name for name in names if f"\n  {name}" not in shown]
     assert missing == []
 
