@@ -3,12 +3,13 @@
     done = run(RECIPES / "tune.py", "--base_model", folder, ...)
     assert done.returncode == 0, done.stderr
 
-A process imports what the scripts do, and forks for each of them.
+A process imports what the scripts do, and forks for each of them, and for each that they run.
 """
 
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,14 +23,24 @@ import datasets, evaluate, matplotlib.pyplot, tqdm, torch, transformers
 import modeling_speculator.model_cards, modeling_speculator.trainers
 for module in ("acceptance", "latency", "quality", "tuning"):
     importlib.import_module(f"modeling_speculator.measuring.{module}")
+from modeling_speculator import command_line
 torch.set_num_threads(1)
 print("ready", flush=True)
 
 
-def run(script, arguments, out, err, cwd):
-    for path, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.chdir(cwd)
+def forked(script, *arguments, stdout=None, stderr=None, env=None):
+    "Takes the place of `command_line.run_script`: what a command runs forks, too."
+    child = os.fork()
+    if child == 0:
+        for file, descriptor in ((stdout, 1), (stderr, 2)):
+            if file is not None:
+                os.dup2(file.fileno(), descriptor)
+        os.environ.update((env or os.environ) | {command_line.INNER: "1"})
+        run(str(script), arguments)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(script, arguments):
     sys.argv = [script, *arguments]
     code = 0
     try:
@@ -46,11 +57,16 @@ def run(script, arguments, out, err, cwd):
     os._exit(code)
 
 
+command_line.run_script = forked
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         sys.stdin.close()
-        run(*json.loads(line))
+        script, arguments, out, err, cwd = json.loads(line)
+        for path, descriptor in ((out, 1), (err, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.chdir(cwd)
+        run(script, arguments)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 _servers: dict[frozenset, subprocess.Popen] = {}
@@ -87,3 +103,8 @@ def _server_for(env: dict[str, str]) -> subprocess.Popen:
 def _stop(server: subprocess.Popen) -> None:
     server.stdin.close()
     server.wait()
+
+
+def listen_to_ctrl_c() -> None:
+    """In a new process: where the tests run in the background, a shell has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

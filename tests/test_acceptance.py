@@ -1,10 +1,9 @@
 """Acceptance: by hand, against a slow loop and `out.speculation`, and the command from end to end."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from figures import check_figure, names, ticks
@@ -274,8 +273,7 @@ def saved(tmp_path_factory, speculator):
 
 def run(saved, output, *flags):
     models = ["--base_model", saved / "base_model", "--speculator", saved / "speculator"]
-    command = [sys.executable, RECIPE, *models, "--output", output, "--max_new_tokens", 12, *flags]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    return commands.run(RECIPE, *models, "--output", output, "--max_new_tokens", 12, *flags)
 
 
 def test_the_command(saved, tmp_path):

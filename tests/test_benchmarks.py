@@ -3,10 +3,10 @@
 import json
 import random
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 import yaml
@@ -110,10 +110,10 @@ def test_sweep(tmp_path):
     sweep = {"steps": [2, 2], "seeds": [0], "variants": variants}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     flags = ["--variants", tmp_path / "sweep.yaml", "--base_model", base_model, "--corpus", corpus]
-    command = [sys.executable, RECIPES / "sweep.py", *flags, "--output_dir", output]
+    flags += ["--output_dir", output]
     times = []
     for _ in range(2):
-        done = subprocess.run(map(str, command), capture_output=True, text=True)
+        done = commands.run(RECIPES / "sweep.py", *flags)
         assert done.returncode == 0, done.stderr
         assert "| 2 heads | 1." in done.stdout
         assert "Without results_losses.png: fewer than two points" in done.stdout  # of so few steps none are logged

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import listen_to_ctrl_c
 
 from modeling_speculator import command_line
 
@@ -77,7 +78,7 @@ def test_ctrl_c_where_one_command_runs_another(tmp_path, to_all):
         (tmp_path / name).write_text(LOAD + code)
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "child.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+    with subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=listen_to_ctrl_c) as process:
         assert process.stdout.readline() == "ready\n"
         (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)

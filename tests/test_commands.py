@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import listen_to_ctrl_c
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -171,7 +172,8 @@ def test_ctrl_c_in_a_measurement(folder):
         "99",
     )
     command = [sys.executable, str(RECIPES / "evaluate_acceptance.py"), *flags]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": listen_to_ctrl_c}
+    with subprocess.Popen(command, cwd=folder, **options) as process:
         records = folder / "interrupted/greedy.jsonl"
         while process.poll() is None and not (records.is_file() and records.read_text().count("\n") > 2):
             pass

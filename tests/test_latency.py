@@ -2,11 +2,10 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 from drafters import Oracle
@@ -310,8 +309,7 @@ def test_the_command(tmp_path, drafters):
         models = ["--base_model", tmp_path / "base_model", "--speculator", tmp_path / "speculator"]
         models += ["--drafters", f"medusa={tmp_path / 'medusa'}", "--prompts", tmp_path / "prompts.txt"]
         sizes = ["--max_new_tokens", 6, "--rounds", 1, "--n_prompts", 2, "--batch_size", 1, 2]
-        command = [sys.executable, RECIPE, *models, *sizes, "--output", tmp_path / "out", *flags]
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        return commands.run(RECIPE, *models, *sizes, "--output", tmp_path / "out", *flags)
 
     done = run("--prompt_length", 4, 20)
     assert done.returncode == 0, done.stderr

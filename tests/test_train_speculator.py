@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from tiny_models import VOCAB, tiny_model, word_tokenizer
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -13,13 +14,8 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "recipes/train_speculator.py")
-LAUNCHERS = {
-    "python": [sys.executable, SCRIPT],
-    "accelerate launch": [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(ROOT / "recipes/accelerate_configs/single.yaml"), SCRIPT),
-    ],
-}
+ACCELERATE_LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+ACCELERATE_LAUNCH += ["--config_file", str(ROOT / "recipes/accelerate_configs/single.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +29,15 @@ def folder(tmp_path_factory):
 
 
 def train(folder, launcher, *flags):
-    command = [
-        *LAUNCHERS[launcher],
+    arguments = [
         *("--base_model", str(folder / "base_model"), "--data_files", str(folder / "text.txt"), "--use_cpu", "true"),
         *("--save_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "4"),
         *flags,
     ]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    if launcher == "python":
+        finished = commands.run(SCRIPT, *arguments)
+    else:
+        finished = subprocess.run([*ACCELERATE_LAUNCH, SCRIPT, *arguments], capture_output=True, text=True)
     return finished.returncode, finished.stdout + finished.stderr
 
 

@@ -2,10 +2,9 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from figures import check_figure, names, ticks
@@ -197,8 +196,7 @@ def test_the_command(tmp_path, speculator):
     def run(*flags):
         models = ["--base_model", tmp_path / "base_model", "--speculator", tmp_path / "speculator"]
         sizes = ["--n_prompts", 2, "--prompt_length", 6, "--max_new_tokens", 8, "--rounds", 1]
-        command = [sys.executable, RECIPE, *models, "--prompts", tmp_path / "prompts.txt", *sizes, *flags]
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        return commands.run(RECIPE, *models, "--prompts", tmp_path / "prompts.txt", *sizes, *flags)
 
     done = run("--batch_size", 1, "--output", tmp_path / "out", "--write")
     assert done.returncode == 0, done.stderr
