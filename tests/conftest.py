@@ -23,6 +23,9 @@ from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer
 
 torch.set_num_threads(1)  # tiny models are faster so
 
+# The files that take longest begin first, so that no worker waits for another in the end.
+LONGEST = ("test_theorems.py", "test_static.py", "test_distributed.py", "test_benchmarks.py", "test_hub.py")
+
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request) -> str:
@@ -56,6 +59,10 @@ def client(hub, tmp_path_factory):
     client = Client(hub, tmp_path_factory.mktemp("home"))
     yield client
     client.close()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # stable: the others stay in their order
 
 
 STAGES = {"stage 1": (SpeculatorTrainer, {}), "stage 2": (DistillationTrainer, {"generation_length": 8})}

@@ -25,7 +25,7 @@ def train(shared, tmp_path):
         data_files=[str(shared / "data/corpora/tinystories_4m_lowercase.txt")],
         sequence_length=128,
         prompt_length=32,
-        validation_sequences=64,
+        validation_sequences=32,
     )
     rows = {stage: load_rows(data, tokenizer, stage) for stage in (1, 2)}
 
@@ -58,9 +58,9 @@ def test_each_stage_helps(train):
         MLPSpeculatorConfig(vocab_size=512, emb_dim=64, inner_dim=128, n_predict=3)
     )
     untrained = train(speculator, stage=1, steps=0)
-    after_stage_1 = train(speculator, stage=1, steps=150)
-    longer = train(copy.deepcopy(speculator), stage=1, steps=100, learning_rate=2e-3)
-    after_stage_2 = train(speculator, stage=2, steps=100, learning_rate=2e-3)
+    after_stage_1 = train(speculator, stage=1, steps=100)
+    longer = train(copy.deepcopy(speculator), stage=1, steps=50, learning_rate=2e-3)
+    after_stage_2 = train(speculator, stage=2, steps=50, learning_rate=2e-3)
     print(untrained, after_stage_1, longer, after_stage_2)
     assert untrained < 1.2
     assert after_stage_1 > 1.5
