@@ -43,7 +43,7 @@ test-all: install
 
 # Loading, greedy and sampled text, batches, static and compiled, caches in and out, training, push and load.
 ON_EVERY_RELEASE := transformers_api.py doctor.py loading.py theorems.py sampling.py conversation.py inputs.py \
-	static.py::test_oracle static.py::test_options static.py::test_compiled_to_machine_code trainers.py \
+	static.py::test_oracle static.py::test_options static.py::test_compiled_to_machine_code trainers.py output.py \
 	train_speculator.py::test_both_stages hub.py::test_two_versions hub.py::test_both_models_by_one_name \
 	hub.py::test_without_the_package readme.py::test_the_code_on_generation
 
