@@ -82,7 +82,8 @@ class CandidateSelection:
             Tokens, parents and depths, (batch, n_tree_nodes), level by level. Parents are numbered as nodes of the
             tree: 0 is `input_ids`, 1 the first that is returned here.
         """
-        n_nodes, batch = n_tree_nodes or self.config.n_tree_nodes, len(input_ids)
+        n_nodes = self.config.n_tree_nodes if n_tree_nodes is None else n_tree_nodes
+        batch = len(input_ids)
         state = self.speculator.first_state(hidden_states)
         token, log_prob = input_ids, hidden_states.new_zeros(batch, 1, dtype=torch.float32)
         levels = []  # of each: tokens, log-probs, parents and depths, (batch, width)

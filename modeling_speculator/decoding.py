@@ -16,7 +16,8 @@ from .progress import Progress
 from .request import Request
 from .rows import Rows, at_nodes
 from .tracing import Trace
-from .transformers_api import CACHE, has_unfinished_sequences, optimized_for_decoding, prefill
+from .transformers_api import CACHE, has_unfinished_sequences, optimized_for_decoding
+from .transformers_api import prefill as run_prompt
 from .vocabularies import beside
 
 
@@ -24,7 +25,8 @@ class SpeculativeDecoder:
     """One `generate` call.
 
     What a step works on lies on the device: the text in `rows`, keys and values in `cache`. The host waits for it once
-    per step, in `read`, to learn whether to stop and how large the next tree is.
+    per step, in `read`, to learn whether to stop and how large the next tree is. (More often where a processor or a
+    criterion reads the text, or a trace is kept.)
     """
 
     may_be_dense = True  # whether attention looks at no slot that is not in use
@@ -65,7 +67,7 @@ class SpeculativeDecoder:
         # The loop keeps a cache of its own, whether or not the caller wants one.
         model_kwargs = request.model_kwargs | {"use_cache": True}
         input_ids = request.input_ids.to(self.device).long()
-        outputs = prefill(self.model, input_ids, request.generation_config, model_kwargs, self.cache)
+        outputs = run_prompt(self.model, input_ids, request.generation_config, model_kwargs, self.cache)
         self.cache.start_steps(request.prompt_mask.to(self.device), self.max_nodes, self.is_dense())
 
         context_vectors = self.cache.context_vectors[:, -1:].to(self.device)
@@ -78,7 +80,11 @@ class SpeculativeDecoder:
         self.emit(self.bare_root, outputs.logits[:, -1:], context_vectors)
 
     def decode(self) -> None:
-        """Draft, verify, accept and keep, until every row has ended."""
+        """Draft, verify, accept and keep, until every row has ended.
+
+        The next tree is drafted before the host reads what the last step did: one wait tells of both. In the end one
+        draft is not used.
+        """
         self.choose()
         tree = self.draft()
         self.read(self.report(tree))
@@ -174,7 +180,7 @@ class SpeculativeDecoder:
         return has_unfinished_sequences(self.model, ended, self.request.synced_gpus, self.device)
 
     def slots_in_use(self) -> int:
-        """The highest slot of the cache, and one, that any row's next nodes may take."""
+        """One past the highest slot of the cache that the next nodes may take."""
         return self.progress.longest - 1 + self.rows.in_cache_only + self.max_nodes
 
     # What a static decoder does otherwise, and what may be left out

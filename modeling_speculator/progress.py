@@ -29,13 +29,13 @@ class Progress:
         self.batch, self.streamer = batch, streamer
         self.steps: list[StepRecord] = []
         self.unfinished, self.longest = True, 0
-        self.n_nodes: list[int] = []  # of the next tree
+        self.n_nodes: list[int] = []  # of the next tree; where steps are compiled, of the last
         self.n_emitted: list[int] = []  # by the last step
 
     def report(
         self, rows: Rows, verified: Verified, drawable: torch.Tensor | None, tree: CandidateTree
     ) -> torch.Tensor:
-        """All that the host wants to know, as one tensor: of what was emitted, and of the tree that comes next."""
+        """All that the host wants to know, as one tensor: of what was emitted, and of a tree."""
         parts = [rows.budget, rows.lengths[:, 0], verified.n_tokens, tree.n_nodes]
         if drawable is not None:
             parts.append(drawable.all(-1))
@@ -57,6 +57,10 @@ class Progress:
                 self.streamer.put(torch.tensor(tokens))
 
     def record(self, n_candidates: int, n_nodes: list[int]) -> float:
-        """Notes a step that has been read, and what was drafted for it; the tokens per row that went on."""
+        """Notes a step that has been read, and what was drafted for it.
+
+        Returns:
+            The tokens that it emitted for each row that was still going on, on average.
+        """
         self.steps.append(StepRecord(n_candidates, n_nodes, self.n_emitted))
         return sum(self.n_emitted) / max(1, sum(n > 0 for n in self.n_emitted))

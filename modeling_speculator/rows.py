@@ -31,6 +31,7 @@ class Rows:
         drafts: whether anything is ever drafted.
     """
 
+    # What steps write to or read again and again: in a CUDA graph these tensors must stay where they are.
     STATE = ("sequences", "lengths", "budget", "root", "context_vector", "along")
     STATE += ("from_length", "last_position", "to_root_column")
 

@@ -35,7 +35,7 @@ class Workspace:
 
 _DEVICES_WITH_GRAPHS = ("cuda",)
 # One compilation for each size of the view, batch, model, dial and setting of the processors: more than dynamo's 8.
-_LIMITS = 256, 4096  # and of all functions
+_LIMITS = 256, 4096  # of a function, of all functions
 # Of each model the last one, and no more: it holds a cache. A call takes it out, so that no other can.
 _workspaces: WeakKeyDictionary = WeakKeyDictionary()
 _compiled_functions: dict = {}

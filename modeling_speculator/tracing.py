@@ -18,7 +18,7 @@ class TracedStep:
         probabilities: that the base model, as it is (no temperature, no processors), gives each node after its parent.
         ranks: of each node among all tokens after its parent, 1 the most probable.
         accepted: the drafted nodes that were emitted, from the root down.
-        emitted: ids: those of `accepted`, and after them the base model's own token, unless the end came before.
+        emitted: ids: those of `accepted`, and after them the base model's own, unless the text ended before it.
     """
 
     tokens: tuple[int, ...]
@@ -55,5 +55,8 @@ class Trace:
 def _of_row(tokens, parents, depths, probabilities, ranks, n_nodes, emitted, path, n_emitted) -> TracedStep | None:
     if n_emitted == 0:
         return None
-    nodes = (tuple(values[:n_nodes]) for values in (tokens, parents, depths, probabilities, ranks))
-    return TracedStep(*nodes, accepted=tuple(path[1:n_emitted]), emitted=tuple(emitted[:n_emitted]))
+    nodes = [tuple(values[:n_nodes]) for values in (tokens, parents, depths, probabilities, ranks)]
+    emitted, last = tuple(emitted[:n_emitted]), path[n_emitted - 1]
+    # Where the text ended within a draft, the last token was drafted, too; else it is the base model's own.
+    end = [node for node in range(1, n_nodes) if (parents[node], tokens[node]) == (last, emitted[-1])]
+    return TracedStep(*nodes, accepted=(*path[1:n_emitted], *end), emitted=emitted)

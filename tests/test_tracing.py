@@ -31,6 +31,22 @@ def test_a_trace_tells_the_text(llama, options):
     assert {len(step.accepted) for stats in out.speculation.per_sequence for step in stats.trace} == {0, 1, 2, 3}
 
 
+def test_a_text_that_ends_within_a_draft(llama, plain):
+    """Its last token was drafted and accepted, though nothing comes after it."""
+    row = plain[:1, -20:].tolist()[0]
+    ends = next(token for at, token in enumerate(row) if at > 5 and token not in row[:at])
+    inputs = {key: value[:1] for key, value in prompts().items()}
+    drafter = oracle_for(llama, inputs, plain[:1], p_right=1.0)
+    config = GenerationConfig(**OPTIONS | {"trace_speculation": True, "eos_token_id": ends})
+    out = llama.generate(**inputs, generation_config=config, assistant_model=drafter)
+    last = out.speculation.per_sequence[0].trace[-1]
+    assert out.sequences[0, -1] == ends == last.emitted[-1]
+    drafted = [last.tokens[node] for node in last.accepted]
+    assert drafted == list(last.emitted)[: len(drafted)] and len(last.emitted) - len(drafted) in (0, 1)
+    if row.index(ends) % 4 != 0:  # of four tokens a step the last is the base model's own; the first is the prefill's
+        assert len(drafted) == len(last.emitted)
+
+
 def test_trees_of_best_nodes(llama, plain):
     torch.manual_seed(0)
     config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=32, n_tree_nodes=6)
@@ -49,7 +65,8 @@ def check(out, plain):
         for step in stats.trace:
             assert step.tokens[0] == before
             path = [step.tokens[node] for node in step.accepted]
-            assert path == list(step.emitted[: len(path)]) and len(step.emitted) == len(path) + 1
+            own = 0 if step is stats.trace[-1] and len(path) == len(step.emitted) else 1  # of the base model
+            assert path == list(step.emitted[: len(path)]) and len(step.emitted) == len(path) + own
             assert [step.parents[node] for node in step.accepted] == [0, *step.accepted][: len(path)]
             before = step.emitted[-1]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -64,15 +65,22 @@ def _write_missing(
     described = json.loads(json.dumps(described | {"seed": seed, "prompts": _digest(prompts)}))
     if accelerator.is_main_process and not (folder / DESCRIPTION).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+        unfinished = (folder / DESCRIPTION).with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(described, indent=2) + "\n")
+        unfinished.rename(folder / DESCRIPTION)
     accelerator.wait_for_everyone()
     _check_description(folder, described)
     files, done = _finished(folder)
+
+    @cache
+    def order(round_: int) -> list[int]:
+        return torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + round_)).tolist()
+
     shown = {"desc": "continuations", "unit": "prompt", "disable": not accelerator.is_main_process}
     with tqdm(total=n_rows, initial=done, **shown) as progress:
         while done < n_rows:
             end = min(done + ROWS_PER_FILE, n_rows)
-            texts = _continue(range(done, end), prompts, sampler, accelerator, batch_size, seed)
+            texts = _continue(range(done, end), prompts, order, sampler, accelerator, batch_size, seed)
             files.append(folder / f"{done:09}-{end:09}.parquet")
             if accelerator.is_main_process:
                 _write(files[-1], texts, sampler.generation_length)
@@ -82,13 +90,20 @@ def _write_missing(
     return datasets.Dataset.from_parquet([str(file) for file in files]).select(range(n_rows))
 
 
-def _continue(numbers: range, prompts, sampler, accelerator, batch_size: int, seed: int) -> torch.Tensor:
-    """Texts of some rows, (rows, prompt_length + generation_length), the same in every process."""
+def _continue(
+    numbers: range,
+    prompts: datasets.Dataset,
+    order: Callable[[int], list[int]],
+    sampler: ContinuationSampler,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+) -> torch.Tensor:
+    """Texts of some rows, (rows, prompt_length + generation_length), the same in every process.
 
-    @cache
-    def order(round_: int) -> list[int]:
-        return torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + round_)).tolist()
-
+    Args:
+        order: of the prompts in each round.
+    """
     processes = accelerator.num_processes
     share = -(-len(numbers) // processes)  # as many in every process: a sharded base model needs all of them
     first = accelerator.process_index * share

@@ -13,7 +13,8 @@ from .training_args import DataArguments, ModelArguments, SpeculatorTrainingArgu
 
 # Of both stages alike, where the command line sets them.
 _PASSED_ON = {"base_model", "base_model_revision", "base_model_dtype", "base_model_quantization"}
-_PASSED_ON |= {field.name for field in fields(DataArguments)}
+_PASSED_ON |= {"precision", "shard_base_model", "use_cpu"}
+_PASSED_ON |= {field.name for field in fields(DataArguments)} - {"sequence_length", "separate_documents"}
 
 
 def next_commands(argv: list[str], model_args: ModelArguments, args: SpeculatorTrainingArguments) -> dict[str, str]:

@@ -63,7 +63,11 @@ def _take(folder: Path) -> bool:
     if handle is not None:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:  # from one to the other it is free for a moment
+            os.close(handle)
+            raise _refusal(folder, "another process") from error
     _held[folder] = handle
     return was_there
 
@@ -84,14 +88,18 @@ def _locked(folder: Path, shared: bool) -> int | None:
             return None
         if not isinstance(error, BlockingIOError):
             raise
-        raise ValueError(
-            f"{folder} is written to by {holder}. Wait for its end, or set another folder (`output_dir`, "
-            "`generated_dataset`)."
-        ) from error
+        raise _refusal(folder, holder) from error
     if _is_still_there(handle, folder / LOCK):
         return handle
     os.close(handle)
     return _locked(folder, shared)
+
+
+def _refusal(folder: Path, holder: str) -> ValueError:
+    return ValueError(
+        f"{folder} is written to by {holder}. Wait for its end, or set another folder (`output_dir`, "
+        "`generated_dataset`)."
+    )
 
 
 def _is_still_there(handle: int, path: Path) -> bool:

@@ -100,6 +100,8 @@ def figure_of_lengths(report: dict, lengths: list[int], title: str) -> "Figure |
     for at, (mode, figures) in enumerate(modes_of(report).items()):
         rows = {length: figures["categories"].get(f"{length} tokens") for length in lengths}
         rows = {length: row for length, row in rows.items() if row and row["steps"]}
+        if not rows:  # no step was made in this mode
+            continue
         bands = [row["tokens_per_step_interval"] or [row["tokens_per_step"]] * 2 for row in rows.values()]
         axes.fill_between(list(rows), *zip(*bands, strict=True), alpha=0.2, color=f"C{at}")
         plots.line(axes, [(length, row["tokens_per_step"]) for length, row in rows.items()], at, mode)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-INSTALL = 'plots need matplotlib: pip install "modeling-speculator[plot]"'
+INSTALL = "plots need matplotlib: pip install matplotlib"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MARKERS = "osD^vPX*"
 LETTERS, LINE = 12, 0.2  # of text at the size of a title or legend: letters an inch, and inches a line

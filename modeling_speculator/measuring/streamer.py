@@ -13,7 +13,7 @@ class StepStreamer(BaseStreamer):
     def __init__(self, tokenizer, model, color: bool):
         self.tokenizer, self.color = tokenizer, color
         self.tokens, self.shown, self.forwards = None, "", 0
-        self.handle = model.register_forward_hook(self.count)
+        self.handle = model.register_forward_hook(self.count) if color else None
 
     def count(self, *args) -> None:
         self.forwards += 1
@@ -34,5 +34,6 @@ class StepStreamer(BaseStreamer):
 
     def end(self) -> None:
         self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
         print()

@@ -46,9 +46,9 @@ def dials(row: dict) -> str:
 
 def lines(record: dict) -> str:
     """What one load came to, for a terminal."""
-    costs = {name: round(value, 3) for name, value in record["cost_ms"].items()}
+    costs = ", ".join(f"{value:.3g} ms {name.replace('_', ' ')}" for name, value in record["cost_ms"].items())
     text = [
-        f"\nBatch {record['batch_size']}, context {record['context']}: a step costs {costs} ms.",
+        f"\nBatch {record['batch_size']}, context {record['context']}: a step costs {costs}.",
         f"Plain decoding: {record['plain_tokens_per_second']:.0f} tokens/s. Predicted, the fastest first:",
     ]
     for row in record["predictions"][:5]:
