@@ -38,6 +38,7 @@ with hold(sys.argv[1]):
 # The processes of one launch; the main one ends first.
 LAUNCHED = f"""{HOLD}
 import fcntl
+from pathlib import Path
 state = PartialState()
 with hold(sys.argv[1]):
     state.wait_for_everyone()
@@ -48,6 +49,16 @@ with hold(sys.argv[1]):
         except BlockingIOError:
             print("still held")
 state.wait_for_everyone()
+if state.is_main_process:
+    print("free", flush=True)
+other = Path(sys.argv[2])
+while not other.exists():  # another launch has begun
+    time.sleep(0.1)
+try:
+    with hold(sys.argv[1]):
+        print("got it")
+except ValueError as error:
+    print("refused:", error)
 state.destroy_process_group()
 """
 
@@ -112,14 +123,18 @@ def test_a_killed_process_leaves_no_lock_and_neither_do_its_children(tmp_path):
 def test_the_processes_of_a_launch_hold_it_together(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
-    command = [*LAUNCH, str(script), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("still held") == 1
-    with another_launch(tmp_path / "run"):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "run is written to by process 7" in done.stderr
+    command = [*LAUNCH, str(script), str(tmp_path / "run"), str(tmp_path / "other")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launch:
+        lines = []
+        while "free\n" not in lines:
+            lines.append(launch.stdout.readline())
+            assert lines[-1], "the launch ended"
+        assert "still held\n" in lines
+        with another_launch(tmp_path / "run"):
+            (tmp_path / "other").touch()
+            said, _ = launch.communicate(timeout=300)
+    assert launch.returncode == 0
+    assert said.count("run is written to by process 7") == 2 and "got it" not in said
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])

@@ -42,7 +42,7 @@ def train(shared, tmp_path):
             disable_tqdm=True,
         )
         trainer = (SpeculatorTrainer if stage == 1 else DistillationTrainer)(
-            speculator, base_model, args, 32, 64, train_dataset=rows[stage][0], eval_dataset=rows[1][1]
+            speculator, base_model, args, 32, 32, train_dataset=rows[stage][0], eval_dataset=rows[1][1]
         )
         if steps:
             trainer.train()
