@@ -85,6 +85,8 @@ class Rows:
     def advance(self, verified: Verified, budget: torch.Tensor, context_vectors: torch.Tensor) -> torch.Tensor:
         """Lengthens each text by what was emitted, and moves its root to the last of it.
 
+        The tokens are written already; here only padding is, where nothing is ever drafted.
+
         Args:
             budget: (batch,), what is left.
             context_vectors: (batch, nodes, hidden_size).
