@@ -159,13 +159,18 @@ def fitting_prompts(
     """The prompts whose first turn leaves room for its answer.
 
     Raises:
-        ValueError: for the first that does not, unless such are to be left out.
+        ValueError: for the first that does not, unless such are to be left out, and some are left.
     """
     rows = encode(prompts, [[] for _ in prompts], tokenizer, chat)
     problems = [too_long(prompt, row, model, max_new_tokens) for prompt, row in zip(prompts, rows, strict=True)]
     fitting = [prompt for prompt, problem in zip(prompts, problems, strict=True) if problem is None]
-    if len(fitting) < len(prompts) and (not leave_out or not fitting):
+    if len(fitting) < len(prompts) and not leave_out:
         raise ValueError(next(problem for problem in problems if problem is not None))
+    if prompts and not fitting:
+        raise ValueError(
+            f"None of the {len(prompts)} prompts leaves room for {max_new_tokens} new tokens in the base model's "
+            "context. Give shorter ones, or lower `max_new_tokens`."
+        )
     return fitting
 
 
