@@ -64,6 +64,9 @@ class Emission:
             return verified, torch.where(goes_on, rows.budget - verified.n_tokens, 0)
         drawn, drawable = self.draw.at_nodes(logits, tree.depths, tree.max_depth, rows.lengths)
         verified, budget = cut_at_end(accept_drawn(drawn, tree), self.eos_token_ids, rows.budget)
+        if not rows.drafts:  # a row that has ended goes on with the others
+            tokens = verified.tokens.masked_fill(verified.n_tokens[:, None] == 0, rows.pad_token_id)
+            verified = Verified(tokens, verified.nodes, verified.n_tokens)
         rows.write(verified.tokens)
         if drawable is not None:
             along = rows.along[: tree.max_depth + 1]

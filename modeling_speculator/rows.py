@@ -85,7 +85,7 @@ class Rows:
     def advance(self, verified: Verified, budget: torch.Tensor, context_vectors: torch.Tensor) -> torch.Tensor:
         """Lengthens each text by what was emitted, and moves its root to the last of it.
 
-        The tokens are written already; here only padding is, where nothing is ever drafted.
+        The tokens are written already.
 
         Args:
             budget: (batch,), what is left.
@@ -97,8 +97,6 @@ class Rows:
         tokens, nodes, n_tokens = verified
         if not self.drafts:
             # As in `generate`: a row that has ended goes on with padding, until all have.
-            tokens = tokens.masked_fill(n_tokens[:, None] == 0, self.pad_token_id)
-            self.write(tokens)
             n_tokens = n_tokens.amax().expand_as(n_tokens)
         else:
             if tokens.shape[1] > 1:

@@ -49,45 +49,32 @@ def write_continuations(
     folder = Path(folder)
     is_whole = in_main_process(lambda: _finished(folder)[1] >= n_rows)
     with nullcontext() if is_whole else hold(folder):
-        return _write_missing(prompts, sampler, accelerator, folder, n_rows, batch_size, seed, described)
+        described = json.loads(json.dumps(described | {"seed": seed, "prompts": _digest(prompts)}))
+        if accelerator.is_main_process and not (folder / DESCRIPTION).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = (folder / DESCRIPTION).with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(described, indent=2) + "\n")
+            unfinished.rename(folder / DESCRIPTION)
+        accelerator.wait_for_everyone()
+        _check_description(folder, described)
+        files, done = _finished(folder)
 
+        @cache
+        def order(round_: int) -> list[int]:
+            return torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + round_)).tolist()
 
-def _write_missing(
-    prompts: datasets.Dataset,
-    sampler: ContinuationSampler,
-    accelerator: Accelerator,
-    folder: Path,
-    n_rows: int,
-    batch_size: int,
-    seed: int,
-    described: dict,
-) -> datasets.Dataset:
-    described = json.loads(json.dumps(described | {"seed": seed, "prompts": _digest(prompts)}))
-    if accelerator.is_main_process and not (folder / DESCRIPTION).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = (folder / DESCRIPTION).with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(described, indent=2) + "\n")
-        unfinished.rename(folder / DESCRIPTION)
-    accelerator.wait_for_everyone()
-    _check_description(folder, described)
-    files, done = _finished(folder)
-
-    @cache
-    def order(round_: int) -> list[int]:
-        return torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + round_)).tolist()
-
-    shown = {"desc": "continuations", "unit": "prompt", "disable": not accelerator.is_main_process}
-    with tqdm(total=n_rows, initial=done, **shown) as progress:
-        while done < n_rows:
-            end = min(done + ROWS_PER_FILE, n_rows)
-            texts = _continue(range(done, end), prompts, order, sampler, accelerator, batch_size, seed)
-            files.append(folder / f"{done:09}-{end:09}.parquet")
-            if accelerator.is_main_process:
-                _write(files[-1], texts, sampler.generation_length)
-            progress.update(end - done)
-            done = end
-    accelerator.wait_for_everyone()
-    return datasets.Dataset.from_parquet([str(file) for file in files]).select(range(n_rows))
+        shown = {"desc": "continuations", "unit": "prompt", "disable": not accelerator.is_main_process}
+        with tqdm(total=n_rows, initial=done, **shown) as progress:
+            while done < n_rows:
+                end = min(done + ROWS_PER_FILE, n_rows)
+                texts = _continue(range(done, end), prompts, order, sampler, accelerator, batch_size, seed)
+                files.append(folder / f"{done:09}-{end:09}.parquet")
+                if accelerator.is_main_process:
+                    _write(files[-1], texts, sampler.generation_length)
+                progress.update(end - done)
+                done = end
+        accelerator.wait_for_everyone()
+        return datasets.Dataset.from_parquet([str(file) for file in files]).select(range(n_rows))
 
 
 def _continue(
