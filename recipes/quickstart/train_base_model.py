@@ -74,15 +74,15 @@ def train(args: argparse.Namespace) -> None:
         training_args = TrainingArguments(
             output_dir=str(folder),
             max_steps=max_steps,
-            per_device_train_batch_size=8,  # small: at so few tokens, more steps count for more
+            per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=40,
+            warmup_steps=0.05,  # of all steps
             weight_decay=0.1,
             adam_beta2=0.95,
             bf16=precision == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
+            logging_steps=200,
             save_total_limit=1,
             report_to="none",
             **options,
@@ -130,7 +130,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", metavar="FOLDER_OR_ID", help="that of the model to draft for (default: a new one is trained)"
     )
-    parser.add_argument("--max_steps", type=positive, default=800, metavar="STEPS", help="of the training, at most")
+    parser.add_argument("--max_steps", type=positive, default=3200, metavar="STEPS", help="of the training, at most")
+    # Two rows of 256 tokens: of so few tokens in all, many small steps make the better model.
+    parser.add_argument("--batch_size", type=positive, default=2, metavar="ROWS", help="of 256 tokens, in a step")
     parser.add_argument(
         "--minutes", type=positive_number, metavar="MINUTES", help="fewer steps where they take longer (default: all)"
     )
