@@ -79,7 +79,8 @@ bench-gpu: install
 head-to-head-gpu: install
 	$(BIN)/python recipes/quickstart/write_corpus.py --output_dir outputs/gpu/corpus
 	$(BIN)/python recipes/quickstart/train_base_model.py --corpus outputs/gpu/corpus/train.jsonl \
-		--output_dir outputs/gpu/base_model --num_hidden_layers 14 --hidden_size 768 --learning_rate 6e-4 --batch_size 8 --max_steps 4000
+		--output_dir outputs/gpu/base_model --num_hidden_layers 14 --hidden_size 768 --learning_rate 6e-4 \
+		--batch_size 8 --max_steps 4000
 	$(BIN)/python recipes/head_to_head.py --base_model outputs/gpu/base_model --corpus outputs/gpu/corpus \
 		--output_dir outputs/gpu/head_to_head --inner_dim 1024 --precision bfloat16 $(BENCH)
 
