@@ -42,16 +42,17 @@ test-all: install
 	$(PYTEST)
 
 # Loading, greedy and sampled text, batches, static and compiled, caches in and out, training, push and load.
-ON_EVERY_RELEASE := transformers_api.py doctor.py loading.py theorems.py sampling.py conversation.py inputs.py \
-	static.py::test_oracle static.py::test_options static.py::test_compiled_to_machine_code trainers.py output.py \
-	train_speculator.py::test_both_stages hub.py::test_two_versions hub.py::test_both_models_by_one_name \
-	hub.py::test_without_the_package readme.py::test_the_code_on_generation
+ON_EVERY_RELEASE := transformers_api.py doctor.py loading.py theorems.py::test_any_case \
+	theorems.py::test_a_row_of_a_batch_is_the_row_alone sampling.py::test_distribution[plain] \
+	sampling.py::test_distribution[repetition] conversation.py inputs.py static.py::test_oracle \
+	static.py::test_options[warped] static.py::test_options[walked] trainers.py output.py hub.py::test_two_versions \
+	hub.py::test_both_models_by_one_name hub.py::test_without_the_package readme.py::test_the_code_on_generation
 
 test-oldest:
 	$(MAKE) TRANSFORMERS=$(OLDEST) test-some
 
 test-some: install
-	$(PYTEST) $(ON_EVERY_RELEASE:%=tests/test_%)
+	THEOREM_EXAMPLES=300 $(PYTEST) $(ON_EVERY_RELEASE:%="tests/test_%")
 
 lint: install
 	$(BIN)/python -m ruff check .

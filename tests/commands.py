@@ -3,106 +3,97 @@
     done = run(RECIPES / "tune.py", "--base_model", folder, ...)
     assert done.returncode == 0, done.stderr
 
-A process imports what the scripts do, and forks for each of them, and for each that they run.
+A warm process forks for each of them; `launch` runs a script by two processes that know of each other, as torchrun
+does.
 """
 
 import atexit
-import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-
-_SERVER = """
-import atexit, importlib, json, os, runpy, sys, traceback
-
-import datasets, evaluate, matplotlib.pyplot, tqdm, torch, transformers
-import modeling_speculator.model_cards, modeling_speculator.trainers
-for module in ("acceptance", "latency", "quality", "tuning"):
-    importlib.import_module(f"modeling_speculator.measuring.{module}")
-from modeling_speculator import command_line
-torch.set_num_threads(1)
-print("ready", flush=True)
+import warm_server
 
 
-def forked(script, *arguments, stdout=None, stderr=None, env=None):
-    "Takes the place of `command_line.run_script`: what a command runs forks, too."
-    child = os.fork()
-    if child == 0:
-        for file, descriptor in ((stdout, 1), (stderr, 2)):
-            if file is not None:
-                os.dup2(file.fileno(), descriptor)
-        os.environ.update((env or os.environ) | {command_line.INNER: "1"})
-        run(str(script), arguments)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+HERE = Path(__file__).parent
 
 
-def run(script, arguments):
-    sys.argv = [script, *arguments]
-    code = 0
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+@dataclass
+class Server:
+    folder: str
+    process: subprocess.Popen
+
+    @property
+    def address(self) -> str:
+        return address_in(self.folder)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-command_line.run_script = forked
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        sys.stdin.close()
-        script, arguments, out, err, cwd = json.loads(line)
-        for path, descriptor in ((out, 1), (err, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.chdir(cwd)
-        run(script, arguments)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-_servers: dict[frozenset, subprocess.Popen] = {}
+_servers: dict[frozenset, Server] = {}
 
 
 def run(script: str | Path, *arguments, env: dict[str, str] | None = None, cwd: str | Path | None = None):
     """The finished script, as `subprocess.run(..., capture_output=True, text=True)` returns it.
 
     Args:
-        env: what differs from this process's environment.
+        env: what differs from this process's environment, from the first import on.
     """
-    server = _server_for(env or {})
+    return _run(_server_for(env or {}), script, arguments, cwd, [{}])
+
+
+def launch(script: str | Path, *arguments, **environment: str):
+    """A script that may import the tests' modules, finished by both of two processes; `run` says what is returned.
+
+    Args:
+        environment: what is set after the imports.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment |= {"PYTHONPATH": str(HERE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [environment | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return _run(_server_for({}), script, arguments, None, processes)
+
+
+def _run(server: Server, script, arguments, cwd, processes: list[dict]) -> subprocess.CompletedProcess:
     command = [str(script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        out, err = (os.path.join(folder, name) for name in ("out", "err"))
-        server.stdin.write(json.dumps([command[0], command[1:], out, err, str(cwd or os.getcwd())]) + "\n")
-        server.stdin.flush()
-        returncode = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, returncode, Path(out).read_text(), Path(err).read_text())
+        out, err = Path(folder, "out"), Path(folder, "err")
+        with open(out, "a") as to_out, open(err, "a") as to_err:  # several processes may write to them
+            outputs = (to_out.fileno(), to_err.fileno())
+            code = warm_server.ask(
+                server.address, command[0], command[1:], str(cwd or os.getcwd()), outputs, processes
+            )
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
-def _server_for(env: dict[str, str]) -> subprocess.Popen:
+def _server_for(env: dict[str, str]) -> Server:
     key = frozenset(env.items())
     if key not in _servers:
         if len(_servers) == 2:  # each holds half a gigabyte
-            _stop(_servers.pop(next(iter(_servers))))
+            _servers.pop(next(iter(_servers))).stop()
+        folder = tempfile.mkdtemp()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        server = _servers[key] = subprocess.Popen([sys.executable, "-c", _SERVER], env=os.environ | env, **pipes)
-        assert server.stdout.readline() == "ready\n"
-        atexit.register(_stop, server)
+        command = [sys.executable, warm_server.__file__, address_in(folder)]
+        process = subprocess.Popen(command, env=os.environ | env, **pipes)
+        assert process.stdout.readline() == "ready\n"
+        _servers[key] = Server(folder, process)
+        atexit.register(_servers[key].stop)
     return _servers[key]
 
 
-def _stop(server: subprocess.Popen) -> None:
-    server.stdin.close()
-    server.wait()
+def address_in(folder: str) -> str:
+    return os.path.join(folder, "socket")
 
 
 def listen_to_ctrl_c() -> None:

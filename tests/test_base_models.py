@@ -1,9 +1,8 @@
 """Base models as people have them: adapted, quantized, in half precision, sharded, offloaded, with a vision tower."""
 
-import subprocess
-import sys
 import textwrap
 
+import commands
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -134,9 +133,7 @@ def test_text_of_gemma3_with_its_vision_tower():
 
 
 DISTRIBUTED = """
-    import os, sys
-    sys.path.insert(0, {tests!r})
-    import torch, torch.distributed as dist
+    import os, torch, torch.distributed as dist
     from drafters import Oracle
     from tiny_models import tiny_model
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -149,10 +146,8 @@ DISTRIBUTED = """
 
 def run_two_processes(tmp_path, body):
     script = tmp_path / "script.py"
-    tests = __file__.rsplit("/", 1)[0]
-    script.write_text(textwrap.dedent(DISTRIBUTED).format(tests=tests, body=textwrap.dedent(body)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    script.write_text(textwrap.dedent(DISTRIBUTED).format(body=textwrap.dedent(body)))
+    done = commands.launch(script)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("is done") == 2
 

@@ -1,6 +1,7 @@
 """The benchmark scripts run and write what they say; how fast anything is, no test asserts."""
 
 import json
+import multiprocessing
 import random
 import runpy
 import sys
@@ -86,7 +87,9 @@ def test_benchmark_training(run):
     assert report["stage2"]["over_generate"] > 0
 
 
-def test_benchmark_loss(run):
+def test_benchmark_loss(run, monkeypatch):
+    forks = multiprocessing.get_context("fork")  # which need no imports; of memory, nothing is asserted
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forks)
     report = run("benchmark_loss.py", "--vocab_size", 500, "--inner_dim", 16, "--heads", 2, "--positions", 40)
     losses = {row["way"]: row["loss"] for row in report["rows"]}
     assert {"whole", "chunked"} <= losses.keys()

@@ -2,9 +2,9 @@
 
 import copy
 import json
-import subprocess
-import sys
+from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -38,23 +38,25 @@ def test_resumed_is_uninterrupted(tmp_path, llama, make_trainer, damage):
     assert latest_checkpoint(str(tmp_path / "parts")).endswith("checkpoint-4")
 
 
+KILLED = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from tiny_models import tiny_model
+from trainings import SpeculatorTrainer, arguments, rows, speculator
+from modeling_speculator.trainers import safe_trainer
+mark = safe_trainer.mark_complete
+def mark_or_die(path, *args, **options):
+    mark(path, *args, **options) if path.name == "checkpoint-2" else os._exit(9)
+safe_trainer.mark_complete = mark_or_die
+args = arguments(sys.argv[1], save_total_limit=1)
+SpeculatorTrainer(speculator(), tiny_model("llama"), args, train_dataset=rows(16, 12)).train()
+"""
+
+
 def test_a_run_that_was_killed_during_a_save(tmp_path, llama):
     """A process that ends while it writes its second checkpoint, and one that goes on from there."""
-    code = f"""if True:
-        import os, sys
-        sys.path[:0] = {sys.path!r}
-        import conftest  # one thread, as here
-        from tiny_models import tiny_model
-        from trainings import SpeculatorTrainer, arguments, rows, speculator
-        from modeling_speculator.trainers import safe_trainer
-        mark = safe_trainer.mark_complete
-        def mark_or_die(path, *args, **options):
-            mark(path, *args, **options) if path.name == "checkpoint-2" else os._exit(9)
-        safe_trainer.mark_complete = mark_or_die
-        args = arguments({str(tmp_path / "killed")!r}, save_total_limit=1)
-        SpeculatorTrainer(speculator(), tiny_model("llama"), args, train_dataset=rows(16, 12)).train()
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = commands.run(tmp_path / "killed.py", tmp_path / "killed")
     assert done.returncode == 9, done.stderr
     assert (tmp_path / "killed/checkpoint-4/model.safetensors").is_file()  # there, but who knows
     assert latest_checkpoint(tmp_path / "killed").endswith("checkpoint-2")  # kept although one more was begun

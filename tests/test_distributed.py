@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,23 +18,25 @@ from modeling_speculator.trainers.distribution import check_distribution
 
 
 HERE = Path(__file__).parent
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def launch(script, folder, *names, **environment):
-    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment
-    command = [*LAUNCH, str(HERE / script), str(folder), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
+    """Every training, launched as a user does."""
     folder = tmp_path_factory.mktemp("two")
-    launch("trainings.py", folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command += [str(HERE / "trainings.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+def launch(script, *arguments, **environment):
+    """What it prints."""
+    done = commands.launch(HERE / script, *arguments, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def assert_equal(one, one_logs, other):

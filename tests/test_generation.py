@@ -9,8 +9,6 @@ import pytest
 import torch
 from datasets import Dataset
 from drafters import Oracle
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model, word_tokenizer
 from transformers import (
     AttentionInterface,
@@ -59,11 +57,13 @@ def test_every_supported_family_is_tested():
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("n_candidates", [0, 1, 5])
-def test_random_speculator(family, attn_implementation, n_candidates):
+def test_random_speculator(family, attn_implementation):
     model = tiny_model(family, attn_implementation)
-    out = assert_same_text(model, prompt(7), random_speculator(n_candidates=n_candidates))
-    assert out.speculation.tokens == 23
+    expected = generate(model, prompt(7)).sequences.tolist()
+    for n_candidates in (0, 1, 5):
+        out = generate(model, prompt(7), random_speculator(n_candidates=n_candidates))
+        assert out.sequences.tolist() == expected
+        assert out.speculation.tokens == 23
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -87,9 +87,9 @@ def test_always_wrong_speculator(family):
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_every_accepted_length_on_every_branch(family, attn_implementation):
     model = tiny_model(family, attn_implementation)
-    text = generate(model, prompt(5), max_new_tokens=100).sequences
+    text = generate(model, prompt(5), max_new_tokens=70).sequences
     oracle = Oracle(model, text, p_right=0.7)
-    shares = assert_same_text(model, prompt(5), oracle, max_new_tokens=100).speculation.accepted_per_position
+    shares = assert_same_text(model, prompt(5), oracle, max_new_tokens=70).speculation.accepted_per_position
     assert 1 > shares[0] > shares[1] > shares[2] > 0  # accepted lengths 0, 1, 2 and 3 all occurred
     assert set(oracle.right_branches) == set(range(5))
 
@@ -201,34 +201,6 @@ def test_batch_of_left_padded_prompts(family):
     options = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": eos, "do_sample": False}
     expected = model.generate(input_ids, **options)
     assert model.generate(input_ids, assistant_model=oracle, **options).tolist() == expected.tolist()
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    seed=st.integers(0, 10_000),
-    family=st.sampled_from(sorted(FAMILIES)),
-    attn_implementation=st.sampled_from(["sdpa", "eager"]),
-    prompt_length=st.integers(1, 12),
-    max_new_tokens=st.integers(1, 40),
-    n_predict=st.integers(1, 5),
-    n_candidates=st.integers(0, 7),
-    eos_place=st.none() | st.integers(0, 39),
-    p_right=st.sampled_from([0.0, 0.4, 0.7, 1.0]),
-)
-def test_any_request(
-    seed, family, attn_implementation, prompt_length, max_new_tokens, n_predict, n_candidates, eos_place, p_right
-):
-    model = tiny_model(family, attn_implementation, seed)
-    input_ids = prompt(prompt_length, seed)
-    text = generate(model, input_ids, max_new_tokens=40).sequences
-    options = {"max_new_tokens": max_new_tokens}
-    if eos_place is not None:
-        options["eos_token_id"] = int(text[0, prompt_length + eos_place])
-    oracle = Oracle(model, text, n_predict=n_predict, n_candidates=n_candidates, p_right=p_right, seed=seed)
-    out = assert_same_text(model, input_ids, oracle, **options)
-    assert out.speculation.tokens == out.sequences.shape[1] - prompt_length - 1
-    if n_candidates == 0:
-        assert out.speculation.steps == out.speculation.tokens
 
 
 def test_prompt_in_chunks(llama):

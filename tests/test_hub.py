@@ -409,47 +409,45 @@ WITHOUT_THE_PACKAGE = """
 import importlib.util, json, sys
 assert importlib.util.find_spec("modeling_speculator") is None
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
-repo = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained("org/base")
 model = AutoModelForCausalLM.from_pretrained("org/base", dtype="auto")
-speculator = AutoModel.from_pretrained(repo, dtype=model.dtype, trust_remote_code=True).to(model.device)
 inputs = tokenizer("abc", return_tensors="pt")
 options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
-before = GenerationMixin._assisted_decoding
-out = model.generate(**inputs, assistant_model=speculator, custom_generate=repo, trust_remote_code=True, **options)
-assert GenerationMixin._assisted_decoding is before
 plain = model.generate(**inputs, **options)
-assert out.sequences.tolist() == plain.sequences.tolist()
-try:
-    model.generate(**inputs, assistant_model=model, custom_generate=repo, trust_remote_code=True)
-except ValueError as error:
-    assert "Give a speculator" in str(error)
-else:
-    raise AssertionError
-print(json.dumps(out.speculation.tokens_per_step))
+before = GenerationMixin._assisted_decoding
+for repo in sys.argv[1:]:
+    speculator = AutoModel.from_pretrained(repo, dtype=model.dtype, trust_remote_code=True).to(model.device)
+    out = model.generate(**inputs, assistant_model=speculator, custom_generate=repo, trust_remote_code=True, **options)
+    assert GenerationMixin._assisted_decoding is before
+    assert out.sequences.tolist() == plain.sequences.tolist()
+    try:
+        model.generate(**inputs, assistant_model=model, custom_generate=repo, trust_remote_code=True)
+    except ValueError as error:
+        assert "Give a speculator" in str(error)
+    else:
+        raise AssertionError
+    print(json.dumps([speculator.config.model_type, out.speculation.tokens_per_step]))
 """
 
 
-@pytest.mark.parametrize("method", ["sum_rnn", "medusa"])
-def test_without_the_package(hub, client, base, repo, method, tmp_path):
-    """In a virtual environment that has transformers, and not this package."""
-    if method == "medusa":
-        code = "from modeling_speculator import MedusaConfig, MedusaModel\n"
-        config = f"MedusaConfig(vocab_size={VOCAB}, emb_dim=32, base_model_name_or_path='org/base')"
-        client.run(f"{code}MedusaModel({config}).save_pretrained({str(tmp_path / 'a')!r})")
-    else:
-        save(tmp_path / "a")
-    publish(client, tmp_path / "a", repo)
+def test_without_the_package(hub, client, base, repo, tmp_path):
+    """In a virtual environment that has transformers, and not this package: two repositories, each with its code."""
+    code = "from modeling_speculator import MedusaConfig, MedusaModel\n"
+    config = f"MedusaConfig(vocab_size={VOCAB}, emb_dim=32, base_model_name_or_path='org/base')"
+    client.run(f"{code}MedusaModel({config}).save_pretrained({str(tmp_path / 'medusa')!r})")
+    publish(client, tmp_path / "medusa", f"{repo}-medusa")
+    publish(client, save(tmp_path / "a"), repo)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():  # of these the .pth file of an editable installation
         if "modeling_speculator" not in path.name:
             (packages / path.name).symlink_to(path)
-    command = [tmp_path / "venv/bin/python", "-c", WITHOUT_THE_PACKAGE, repo]
+    command = [tmp_path / "venv/bin/python", "-c", WITHOUT_THE_PACKAGE, repo, f"{repo}-medusa"]
     env = os.environ | hub.environment(tmp_path / "home")
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) >= 1
+    of_two = dict(map(json.loads, done.stdout.splitlines()))
+    assert of_two.keys() == {"mlp_speculator", "medusa_heads"} and min(of_two.values()) >= 1
 
 
 def test_the_commands(hub, base, repo, tmp_path):

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import commands
 import pytest
 from accelerate import PartialState
-from test_distributed import LAUNCH
 from trainings import arguments
 from transformers import TrainerCallback
 
@@ -50,9 +52,8 @@ with hold(sys.argv[1]):
             print("still held")
 state.wait_for_everyone()
 if state.is_main_process:
-    print("free", flush=True)
-other = Path(sys.argv[2])
-while not other.exists():  # another launch has begun
+    Path(sys.argv[2]).touch()
+while not Path(sys.argv[3]).exists():
     time.sleep(0.1)
 try:
     with hold(sys.argv[1]):
@@ -123,18 +124,18 @@ def test_a_killed_process_leaves_no_lock_and_neither_do_its_children(tmp_path):
 def test_the_processes_of_a_launch_hold_it_together(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
-    command = [*LAUNCH, str(script), str(tmp_path / "run"), str(tmp_path / "other")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launch:
-        lines = []
-        while "free\n" not in lines:
-            lines.append(launch.stdout.readline())
-            assert lines[-1], "the launch ended"
-        assert "still held\n" in lines
+    released, taken = tmp_path / "released", tmp_path / "taken"
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(commands.launch, script, tmp_path / "run", released, taken)
+        while not released.exists():
+            assert not done.done(), done.result().stderr
+            time.sleep(0.1)
         with another_launch(tmp_path / "run"):
-            (tmp_path / "other").touch()
-            said, _ = launch.communicate(timeout=300)
-    assert launch.returncode == 0
-    assert said.count("run is written to by process 7") == 2 and "got it" not in said
+            taken.touch()
+            done = done.result()
+    assert done.returncode == 0, done.stderr
+    assert "still held" in done.stdout
+    assert done.stdout.count("run is written to by process 7") == 2 and "got it" not in done.stdout
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])

@@ -1,7 +1,5 @@
 """Sampled text has the base model's distribution: all texts of three tokens, counted and compared."""
 
-import itertools
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
@@ -77,16 +75,18 @@ CASES = {
 
 def distribution(model, prompt, processors):
     """The probability of every text of LENGTH tokens after prompt (1, n), token by token from the base model."""
-    probabilities = {}
-    for text in itertools.product(range(VOCAB), repeat=LENGTH):
-        log_prob = 0.0
-        for place in range(LENGTH):
-            input_ids = torch.cat([prompt, torch.tensor([text[:place]], dtype=torch.long)], dim=1)
-            scores = model(input_ids).logits[:, -1].detach()
-            for processor in processors:
-                scores = processor(input_ids, scores)
-            log_prob += float(scores.log_softmax(-1)[0, text[place]])
-        probabilities[text] = 2.718281828459045**log_prob
+    probabilities = {(): 1.0}
+    for _ in range(LENGTH):
+        texts = [torch.cat([prompt, torch.tensor([text], dtype=torch.long)], dim=1) for text in probabilities]
+        scores = model(torch.cat(texts)).logits[:, -1].detach().split(1)
+        for processor in processors:
+            scores = [processor(text, score) for text, score in zip(texts, scores, strict=True)]
+        after = torch.cat(scores).softmax(-1).tolist()
+        probabilities = {
+            (*text, token): probability * after[n][token]
+            for n, (text, probability) in enumerate(probabilities.items())
+            for token in range(VOCAB)
+        }
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
     return probabilities
 

@@ -5,6 +5,7 @@ accepted is counted over all cases, and every accepted length and every branch m
 """
 
 import functools
+import os
 from collections import Counter
 
 import pytest
@@ -49,11 +50,12 @@ OPTIONS = {
     "nucleus": {"do_sample": True, "top_p": 0.8, "eos_token_id": [3, 17]},
     "penalised sample": {"do_sample": True, "repetition_penalty": 1.2, "min_p": 0.02},
 }
+EXAMPLES = int(os.environ.get("THEOREM_EXAMPLES", 1000))
 accepted, branches = Counter(), Counter()
 
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     attn_implementation=st.sampled_from(["sdpa", "sdpa", "eager"]),
@@ -61,9 +63,14 @@ accepted, branches = Counter(), Counter()
     max_new_tokens=st.integers(1, 24),
     option=st.sampled_from(sorted(OPTIONS)),
     cache=st.sampled_from(["dynamic", "dynamic", "static", "passed in"]),
+    n_predict=st.sampled_from([N_PREDICT, N_PREDICT, 1, 2, 5]),
+    n_candidates=st.sampled_from([N_CANDIDATES, N_CANDIDATES, 0, 1, 2, 7]),
+    p_right=st.sampled_from([0.7, 0.7, 0.7, 0.4, 0.0, 1.0]),
     seed=st.integers(0, 999),
 )
-def test_any_case(family, attn_implementation, lengths, max_new_tokens, option, cache, seed):
+def test_any_case(
+    family, attn_implementation, lengths, max_new_tokens, option, cache, n_predict, n_candidates, p_right, seed
+):
     model, options = model_of(family, attn_implementation), OPTIONS[option]
     generator = torch.Generator().manual_seed(seed)
     if cache == "passed in":  # rows of equal length only
@@ -88,7 +95,7 @@ def test_any_case(family, attn_implementation, lengths, max_new_tokens, option, 
     undrafted = Oracle(model, input_ids, mask, n_candidates=0)
     expected = generate(undrafted if sampled else None).sequences
     text_mask = torch.nn.functional.pad(mask, (0, expected.shape[1] - longest), value=1)
-    oracle = Oracle(model, expected, text_mask, N_PREDICT, N_CANDIDATES, p_right=0.7, seed=seed)
+    oracle = Oracle(model, expected, text_mask, n_predict, n_candidates, p_right, seed)
     out = generate(oracle)
 
     assert out.sequences.tolist() == expected.tolist()
@@ -98,22 +105,22 @@ def test_any_case(family, attn_implementation, lengths, max_new_tokens, option, 
     assert out.speculation.tokens == sum(row.tokens for row in rows) <= len(rows) * (expected.shape[1] - longest - 1)
     for row in rows:
         assert row.steps == len(row.emitted_per_step) == len(row.candidates_per_step)
-        assert row.drafted_tokens <= row.steps * N_PREDICT * N_CANDIDATES
-        assert all(1 <= n <= N_PREDICT + 1 for n in row.emitted_per_step)
+        assert row.drafted_tokens <= row.steps * n_predict * n_candidates
+        assert all(1 <= n <= (n_predict + 1 if n_candidates else 1) for n in row.emitted_per_step)
         assert sum(row.accepted_per_position) * row.steps == pytest.approx(row.tokens - row.steps)
         accepted.update((option, cache, n - 1) for n in row.emitted_per_step)
     branches.update(oracle.right_branches)
 
 
 def test_all_accepted_lengths_occurred():
-    """With every option and every cache; and the right branch was each of the five."""
+    """With every option and every cache; and the right branch was each of five."""
     if not accepted:
         pytest.skip("needs the cases above")
     for option in OPTIONS:
-        assert {n for name, _, n in accepted if name == option} == set(range(N_PREDICT + 1)), option
+        assert {n for name, _, n in accepted if name == option} >= set(range(N_PREDICT + 1)), option
     for cache in ("dynamic", "static", "passed in"):
-        assert {n for _, name, n in accepted if name == cache} == set(range(N_PREDICT + 1)), cache
-    assert set(branches) == set(range(N_CANDIDATES))
+        assert {n for _, name, n in accepted if name == cache} >= set(range(N_PREDICT + 1)), cache
+    assert set(branches) >= set(range(N_CANDIDATES))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_bigcode", "gemma3_text", "mixtral"])

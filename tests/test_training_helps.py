@@ -21,8 +21,10 @@ def train(shared, tmp_path):
     """Trains a speculator for some steps, and says what it then reaches on held-out prompts."""
     folder = shared / "data/stories260K-hf"
     base_model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = (shared / "data/corpora/tinystories_4m_lowercase.txt").read_text()
+    (tmp_path / "stories.txt").write_text(text[:1_000_000])  # more than the steps need
     data = DataArguments(
-        data_files=[str(shared / "data/corpora/tinystories_4m_lowercase.txt")],
+        data_files=[str(tmp_path / "stories.txt")],
         sequence_length=128,
         prompt_length=32,
         validation_sequences=32,

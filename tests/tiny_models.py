@@ -106,10 +106,12 @@ FAMILIES = {
 EAGER_ONLY = ("gemma2", "gpt_oss")
 
 
-def tiny_model(family: str, attn_implementation: str = "sdpa", seed: int = 0):
+def tiny_model(family: str, attn_implementation: str = "sdpa", seed: int = 0, one_layer_of_each_kind: bool = False):
     """A random model without special tokens; its weights are so large that greedy text does not loop at once."""
     torch.manual_seed(seed)
     config = copy.deepcopy(FAMILIES[family])  # a model keeps the one it is given
+    if one_layer_of_each_kind and not getattr(config, "layer_types", None):
+        config.num_hidden_layers = 1
     attn_implementation = "eager" if family in EAGER_ONLY else attn_implementation
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
