@@ -1,4 +1,4 @@
-"""What is installed: one top-level name, and all that lies in the folders of the repository."""
+"""What is installed: two top-level names, and all that lies in the folders of the repository."""
 
 import shutil
 import subprocess
@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import stand_in_vllm
 
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +16,7 @@ FOLDERS = {
     "modeling_speculator": "modeling_speculator",
     "trainers": "modeling_speculator.trainers",
     "model_cards": "modeling_speculator.model_cards",
+    "serving/vllm": "modeling_speculator_vllm",
 }
 
 
@@ -46,7 +48,7 @@ def test_every_folder_is_a_package():
     assert sorted(packages) == sorted({dotted(folder, p) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")})
 
 
-def test_the_wheel_holds_every_file_under_one_name(wheel):
+def test_the_wheel_holds_every_file(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         f"{dotted(folder, path).replace('.', '/')}/{path.name}"
@@ -62,7 +64,7 @@ def test_every_module_is_imported_from_the_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = f"""
 import importlib, sys
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path[:0] = [{str(tmp_path)!r}, {str(stand_in_vllm.write(tmp_path / "stand_in"))!r}]
 for module in {list(MODULES)}:
     found = importlib.import_module(module).__file__
     assert found.startswith({str(tmp_path)!r}), (module, found)

@@ -1,0 +1,35 @@
+"""Serves MLP speculators in vLLM, by an entry point of its plugins: installed beside vLLM, there is nothing to import.
+
+vllm serve BASE_MODEL --speculative-config '{"method": "mtp", "model": SPECULATOR, "num_speculative_tokens": 3}'
+
+vLLM runs them as multi-token prediction: one module for each drafted position, which a speculator's heads are. What of
+this is imported before vLLM asks for the network is `contract` and `configuration`, and nothing of
+`modeling_speculator`, whose import changes transformers.
+"""
+
+import logging
+
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Makes vLLM know `mlp_speculator` checkpoints; called by vLLM in each of its processes."""
+    from .contract import missing
+
+    if lacks := missing():
+        logger.warning(
+            "MLP speculators can't be served: this vLLM lacks %s. vLLM 0.32 and 0.33 are known to work.",
+            ", ".join(lacks),
+        )
+        return
+    from transformers import AutoConfig, AutoModel
+    from vllm import ModelRegistry
+
+    from .configuration import ARCHITECTURE, MLPSpeculatorConfig, TransformersModel
+    from .contract import put_before_others
+
+    put_before_others(MLPSpeculatorConfig)
+    AutoConfig.register(MLPSpeculatorConfig.model_type, MLPSpeculatorConfig, exist_ok=True)
+    AutoModel.register(MLPSpeculatorConfig, TransformersModel, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.network:MLPSpeculator")
