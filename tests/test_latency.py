@@ -11,6 +11,7 @@ import torch
 from drafters import Oracle
 from figures import check_figure, names, ticks
 from tiny_models import VOCAB, character_tokenizer, tiny_model
+from transformers import CompileConfig
 
 from modeling_speculator import MedusaConfig, MedusaModel, MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.measuring import latency_report, plots
@@ -80,7 +81,9 @@ def test_texts_that_loop_are_counted(llama):
         assert (row["looping"], row["distinct_4grams"]) == (looping, distinct)
 
 
-def test_a_compiled_method_is_lossless(llama, drafters):
+def test_a_compiled_method_is_lossless(llama, drafters, monkeypatch):
+    traced = CompileConfig(backend="eager", mode=None)  # machine code takes a minute; test_static.py has it
+    monkeypatch.setattr("modeling_speculator.measuring.methods.compile_on_any_device", lambda: traced)
     methods = expand_methods(["generate", "compiled:speculator"], llama, drafters)
     plain, compiled = measure_latency(llama, methods, batches(rows=1), 8, rounds=1)
     assert compiled["identical_outputs"] == plain["outputs"] == 1
