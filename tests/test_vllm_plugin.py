@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_formats import lstm_config, write
 from transformers import AutoConfig
 
-from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, doctor
 from modeling_speculator.formats import save_arctic
 
 
@@ -50,10 +50,12 @@ def vllm_config(config, **more):
     base |= {"v2": True, "pipeline": 1} | more
     target = SimpleNamespace(get_hidden_size=lambda: base["hidden_size"], get_vocab_size=lambda: base["vocab_size"])
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
         speculative_config=SimpleNamespace(
-            target_model_config=target, num_speculative_tokens=base["n"], draft_sample_method=base["sampling"]
+            draft_model_config=SimpleNamespace(hf_config=config),
+            target_model_config=target,
+            num_speculative_tokens=base["n"],
+            draft_sample_method=base["sampling"],
         ),
         use_v2_model_runner=base["v2"],
         parallel_config=SimpleNamespace(pipeline_parallel_size=base["pipeline"]),
@@ -186,8 +188,19 @@ def test_a_vllm_that_lacks_what_is_needed(network, tmp_path, monkeypatch, caplog
     modeling_speculator_vllm.register()
     (line,) = caplog.messages
     assert line.startswith("MLP speculators can't be served: this vLLM lacks ") and lacks in line
-    assert line.endswith("vLLM 0.32 and 0.33 are known to work.")
+    assert line.endswith("vLLM 0.32 is known to work.")
     assert AutoConfig.for_model("mlp_speculator").model_type == "mlp_speculator"
+
+
+def test_the_doctor_says_so(network, monkeypatch, capsys):
+    doctor.show_vllm()
+    monkeypatch.setattr("modeling_speculator_vllm.contract.missing", lambda: ["its heart"])
+    doctor.show_vllm()
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    doctor.show_vllm()
+    serves, lacks, not_there = capsys.readouterr().out.splitlines()
+    assert (serves, not_there) == ("vllm: serves MLP speculators", "vllm: not installed")
+    assert "this vLLM lacks its heart" in lacks
 
 
 # In a fresh interpreter

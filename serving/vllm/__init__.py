@@ -13,15 +13,19 @@ import logging
 logger = logging.getLogger(__name__)
 
 
-def register() -> None:
-    """Makes vLLM know `mlp_speculator` checkpoints; called by vLLM in each of its processes."""
+def refusal() -> str | None:
+    """Why the vLLM that is installed can't serve them; None where it can."""
     from .contract import missing
 
     if lacks := missing():
-        logger.warning(
-            "MLP speculators can't be served: this vLLM lacks %s. vLLM 0.32 and 0.33 are known to work.",
-            ", ".join(lacks),
-        )
+        return f"MLP speculators can't be served: this vLLM lacks {', '.join(lacks)}. vLLM 0.32 is known to work."
+    return None
+
+
+def register() -> None:
+    """Makes vLLM know `mlp_speculator` checkpoints; called by vLLM in each of its processes."""
+    if reason := refusal():
+        logger.warning(reason)
         return
     from transformers import AutoConfig, AutoModel
     from vllm import ModelRegistry

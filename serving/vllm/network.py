@@ -109,7 +109,7 @@ class MLPSpeculator(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        config = vllm_config.speculative_config.draft_model_config.hf_config
         check(config, vllm_config)
         self.speculator = CELLS[config.method](config, f"{prefix}.speculator".lstrip("."))
         rows = vllm_config.scheduler_config.max_num_batched_tokens
