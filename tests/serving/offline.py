@@ -1,4 +1,4 @@
-"""Serves prompts of token ids once, by vLLM on a CPU: python offline.py FILE, which holds what is asked, as JSON."""
+"""Serves prompts of token ids once, by vLLM on a CPU: python offline.py ASKED ANSWER, files of JSON."""
 
 import json
 import sys
@@ -19,7 +19,8 @@ def main() -> None:
     outputs = llm.generate(prompts, requests)
     texts = [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    print(json.dumps({"texts": texts, "metrics": metrics}))
+    with open(sys.argv[2], "w") as file:
+        json.dump({"texts": texts, "metrics": metrics}, file)
 
 
 if __name__ == "__main__":
