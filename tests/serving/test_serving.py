@@ -136,7 +136,7 @@ def test_chunked_prefill_and_the_prefix_cache(pair, prompts, tmp_path):
 
 
 def test_sampled_texts_have_the_distribution(pair, prompts, tmp_path):
-    """At temperature 1, of the 3 most probable tokens, beside a greedy row: all texts of three tokens, by chi-square."""
+    """At temperature 1, of the 3 most probable tokens, beside a greedy row: texts of three tokens, by chi-square."""
     base, copies = pair[0], 200
     sampling = {"temperature": 1.0, "top_k": 3, "max_tokens": 3, "n": copies, "seed": 1}
     served, _ = serve(pair, tmp_path, prompts[:2], [sampling, GREEDY], max_num_seqs=128)
