@@ -52,7 +52,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """`PreTrainedConfig.from_dict`, for Arctic's forms too: their gated one has other names for the widths."""
-        config = dict(config_dict)
+        config = {key: value for key, value in config_dict.items() if key != "architectures"}  # Arctic's is no list
         if "input_hidden_dim" in config:
             widths = {str(config.pop(name)) for name in ("emb_dim", "proj_dim", "inner_dim")}
             if len(widths) > 1 or not (width := widths.pop()).isdecimal():
