@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # a core for each rank of tensor parallelism
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # so that this holds in them, too
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # vLLM may spawn them all the same: see in_children
 }
 
 
