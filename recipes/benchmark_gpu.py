@@ -5,14 +5,17 @@ python recipes/benchmark_gpu.py --targets llama2-7b --batch_sizes 1 --contexts 6
 
 Models of the true shapes with random weights in bf16, so that every step emits one token: what a step takes follows
 from two lengths of text. The floor: the bytes of weights, keys and values that a step reads, over the bandwidth of a
-copy in the same run. break_even: the tokens per step from which on speculation gains. Milliseconds throughout.
+copy in the same run. break_even: the tokens per step from which on speculation gains. Milliseconds throughout, but for
+first_call_s, which holds the compilation. What is measured is printed and written at once, method by method.
 """
 
 import argparse
 import json
 import statistics
 import time
+from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -34,32 +37,41 @@ TARGETS = {
     "tiny": (LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2), 3),
 }
 NODES = 16  # of a tree, the root included
-METHODS = ("eager_generate", "compiled_generate", "loop", "speculative")
+# Of the compiled steps twice, with and without the guards that torch looks at before each. That of transformers takes
+# longest to compile, so that it comes last.
+EAGER = ("eager_generate", "eager_loop", "eager_speculative")
+METHODS = (*EAGER, "loop", "speculative", "unguarded_loop", "unguarded_speculative", "compiled_generate")
 
 
 def main() -> None:
     args = parse_args()
     copied = copy_bandwidth(args.device)
     report = {"machine": machine(), "versions": versions(), "copy_gb_per_second": copied / 1e9, "rows": []}
-    print(json.dumps({key: report[key] for key in ("machine", "copy_gb_per_second")}))
+    print(json.dumps({key: report[key] for key in ("machine", "copy_gb_per_second")}), flush=True)
     for target in args.targets:
         model, speculator = build(target, args.device)
         for batch, context in tqdm(list(product(args.batch_sizes, args.contexts)), desc=target, unit="cell"):
             row = {"target": target, "batch_size": batch, "context": context}
+            report["rows"].append(row)
             try:
-                row |= measure(model, speculator, batch, context, copied, args)
+                for new in measure(model, speculator, batch, context, copied, args):
+                    row |= new
+                    tqdm.write(json.dumps(new))
+                    write(report, args.output)
             except torch.OutOfMemoryError:
                 row["skipped"] = "out of memory"
-            report["rows"].append(row)
             tqdm.write(json.dumps(row))
-            if args.output:  # after every cell: what is measured is not lost
-                args.output.write_text(json.dumps(report, indent=2) + "\n")
         report.setdefault("kernels", {})[target] = profile(model, speculator, args)
+        write(report, args.output)
         del model, speculator
         torch.compiler.reset()
     if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
         say_end(args.output)
+
+
+def write(report: dict, output: Path | None) -> None:
+    if output:
+        output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,7 +86,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=positive, default=3, metavar="ROUNDS", help="whose median counts")
     parser.add_argument("--steps", type=positive, default=32, metavar="STEPS", help="that are timed in a round")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="that are measured")
     parser.add_argument("--device", default="cuda", metavar="DEVICE", help="cuda or cpu")
+    parser.add_argument(
+        "--trace", type=output_file, metavar="FILE", help="*.json.gz, for what a profiler sees of 32 steps (default: none)"
+    )
     parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, for the results (default: none)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -94,39 +110,49 @@ def build(target: str, device: str) -> tuple:
     return model, speculator.to(torch.bfloat16).eval()
 
 
-def measure(model, speculator, batch: int, context: int, copied: float, args) -> dict[str, float]:
-    """What a step takes with each method, in turn, and against the floor."""
+def measure(model, speculator, batch: int, context: int, copied: float, args):
+    """Yields what a step takes with each method, and against the floor: after one round, and then after all, in turn."""
+    times = {method: [] for method in args.methods}
 
     def seconds(method: str, n_tokens: int) -> float:
         return generate(model, speculator, method, batch, context, n_tokens, max_cache_len=context + 2 * args.steps)
 
-    for method in METHODS:
-        seconds(method, 2 * args.steps)  # compiles
-    times = {method: [] for method in METHODS}
-    for _ in range(args.rounds):
-        for method in METHODS:
-            times[method].append(seconds(method, 2 * args.steps) - seconds(method, args.steps))
-    row = {f"{method}_ms": 1000 * statistics.median(of) / args.steps for method, of in times.items()}
+    def time_step(method: str) -> None:
+        times[method].append((seconds(method, 2 * args.steps) - seconds(method, args.steps)) / args.steps)
+
+    for method in args.methods:
+        first = seconds(method, 2 * args.steps)
+        seconds(method, args.steps)  # other sizes are other kernels, which are loaded when they are first called
+        time_step(method)
+        yield {f"{method}_first_call_s": first, f"{method}_ms": 1000 * times[method][0]}
+    for _ in range(args.rounds - 1):
+        for method in args.methods:
+            time_step(method)
+    row = {f"{method}_ms": 1000 * statistics.median(of) for method, of in times.items()}
     read = step_bytes(model, speculator, batch * (context + 1.5 * args.steps))
-    for method, n_bytes in read.items():
-        row[f"{method}_floor_ms"] = 1000 * n_bytes / copied
+    for method in read.keys() & times.keys():
+        row[f"{method}_floor_ms"] = 1000 * read[method] / copied
         row[f"{method}_over_floor"] = row[f"{method}_ms"] / row[f"{method}_floor_ms"]
-    return row | {"break_even": row["speculative_ms"] / row["loop_ms"]}
+    if read.keys() <= times.keys():
+        row["break_even"] = row["speculative_ms"] / row["loop_ms"]
+    yield row
 
 
 def generate(model, speculator, method: str, batch: int, context: int, n_tokens: int, max_cache_len: int) -> float:
     """Seconds of one call."""
-    options = {} if method == "eager_generate" else {"cache_implementation": "static", "max_cache_len": max_cache_len}
-    if method in ("loop", "speculative"):
-        speculator.config.n_candidates = 0 if method == "loop" else 5
-        speculator.config.n_tree_nodes = None if method == "loop" else NODES - 1
+    how, _, what = method.rpartition("_")
+    options = {} if how == "eager" else {"cache_implementation": "static", "max_cache_len": max_cache_len}
+    if what != "generate":
+        speculator.config.n_candidates = 0 if what == "loop" else 5
+        speculator.config.n_tree_nodes = None if what == "loop" else NODES - 1
         options["assistant_model"] = speculator
     prompt = torch.randint(model.config.vocab_size, (batch, context), device=model.device)
     options |= {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": n_tokens}
-    synchronize()
-    start = time.perf_counter()
-    model.generate(prompt, **options)
-    synchronize()
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True) if how == "unguarded" else nullcontext():
+        synchronize()
+        start = time.perf_counter()
+        model.generate(prompt, **options)
+        synchronize()
     return time.perf_counter() - start
 
 
@@ -143,11 +169,14 @@ def step_bytes(model, speculator, cached_tokens: float) -> dict[str, float]:
 
 
 def profile(model, speculator, args, rows: int = 15) -> list[str]:
-    """Where the time of speculative steps goes: the kernels (on a CPU: operators) that take most of it."""
+    """Where the time of the last cell's speculative steps goes: the kernels (on a CPU: operators) that take most."""
+    batch, context = args.batch_sizes[-1], args.contexts[-1]
     on = torch.profiler.ProfilerActivity
     sort = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
     with torch.profiler.profile(activities=[on.CPU, on.CUDA] if args.device == "cuda" else [on.CPU]) as profiler:
-        generate(model, speculator, "speculative", 1, 64, 2 * args.steps, 64 + 2 * args.steps)
+        generate(model, speculator, "speculative", batch, context, args.steps, context + 2 * args.steps)
+    if args.trace:
+        profiler.export_chrome_trace(str(args.trace))
     return profiler.key_averages().table(sort_by=sort, row_limit=rows, max_name_column_width=90).splitlines()
 
 
