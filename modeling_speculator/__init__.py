@@ -6,6 +6,7 @@ from .generation import install_generation_hook, remove_generation_hook
 from .loading import load_speculator_and_base
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .modeling_prompt_lookup import PromptLookup
 from .statistics import SpeculationStatistics
 
 
@@ -18,6 +19,7 @@ __all__ = [
     "MLPSpeculatorPreTrainedModel",
     "MedusaConfig",
     "MedusaModel",
+    "PromptLookup",
     "SpeculationStatistics",
     "install_generation_hook",
     "load_speculator_and_base",

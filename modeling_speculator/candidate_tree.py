@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class CandidateTree:
     """Drafted tokens as a tree. Node 0 is the root: the last accepted token.
 
-    Nodes are numbered level by level, so that a parent comes before its children, and siblings differ in their token.
+    A parent comes before its children, and siblings differ in their token.
     Rows of the batch with fewer nodes than the widest are padded at the end with nodes of depth 0.
 
     Attributes:
@@ -94,6 +94,47 @@ class CandidateTree:
             ancestors=ancestors,
             n_nodes=torch.full_like(root[:, 0], nodes),
             max_depth=max_depth,
+        )
+
+    def graft(self, branch: torch.Tensor, found: torch.Tensor) -> "CandidateTree":
+        """The tree with one more branch from the root, merged with the nodes that it shares; the others come last.
+
+        Args:
+            branch: (batch, n), its tokens.
+            found: (batch,) bool, the rows that get it.
+        """
+        n = branch.shape[1]
+        node, shared, goes_on = torch.zeros_like(branch[:, 0]), torch.zeros_like(branch[:, 0]), found
+        for depth in range(min(self.max_depth, n)):
+            child, is_child = self.child(node, branch[:, depth])
+            goes_on = goes_on & is_child
+            node = torch.where(goes_on, child, node)
+            shared = shared + goes_on
+
+        nodes, along = self.input_ids.shape[1] + n, torch.arange(n, device=branch.device)
+        is_new = (along >= shared[:, None]) & found[:, None]  # (batch, n)
+        slot = self.n_nodes[:, None] + along - shared[:, None]
+        parent = torch.where(along == shared[:, None], node[:, None], slot - 1)
+        slot = torch.where(is_new, slot, nodes)  # the last column is thrown away
+
+        def put(values: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            return F.pad(values, (0, n + 1)).scatter(1, slot, new.expand_as(slot))[:, :nodes]
+
+        depths = put(self.depths, along + 1)
+        on_branch = put(torch.zeros_like(self.depths), torch.ones_like(along)).bool()  # and new
+        # The ancestors of a new node: those of the last one that is shared, and the new ones above it.
+        shared_ancestors = self.ancestors.gather(1, node[:, None, None].expand(-1, 1, self.ancestors.shape[2]))
+        above = on_branch[:, None] & (depths[:, None] <= along[:, None] + 1)  # (batch, n, nodes)
+        ancestors = F.pad(self.ancestors, (0, n, 0, n + 1))
+        ancestors = ancestors.scatter(1, slot[:, :, None].expand_as(above), F.pad(shared_ancestors, (0, n)) | above)
+        ancestors = ancestors[:, :nodes] | torch.eye(nodes, dtype=torch.bool, device=branch.device)
+        return CandidateTree(
+            input_ids=put(self.input_ids, branch),
+            parents=put(self.parents, parent),
+            depths=depths,
+            ancestors=ancestors,
+            n_nodes=self.n_nodes + is_new.sum(1),
+            max_depth=max(self.max_depth, n),
         )
 
     def trim(self, n_nodes: int) -> "CandidateTree":

@@ -19,6 +19,7 @@ from .families import (
     SUPPORTED_MODEL_TYPES,
     attention_windows,
 )
+from .lookup import check_n_lookup_tokens
 from .tokenwise import check_tokenwise
 from .transformers_api import CACHE, attn_implementation, execution_device, is_checkpointing, is_stateful
 from .vocabularies import MOST_DIFFERENT_IDS
@@ -77,6 +78,8 @@ def check_models(model, speculator) -> None:
     if isinstance(speculator.config, MLPSpeculatorConfig):
         dials = (getattr(speculator.config, dial) for dial in DIALS)
         speculator.config.check_dials(*dials, vocab_size=min(config.vocab_size, speculator.config.vocab_size))
+    else:
+        check_n_lookup_tokens(getattr(speculator.config, "n_lookup_tokens", None) or 0)
     if not uses_sdpa(model) and attn_implementation(config) != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={attn_implementation(config)!r}`, which takes no mask of a "
@@ -146,7 +149,7 @@ def check_shapes(model, speculator) -> None:
     config = model.config.get_text_config(decoder=True)
     for ours, theirs, tolerance in (("vocab_size", "vocab_size", MOST_DIFFERENT_IDS), ("emb_dim", "hidden_size", 0)):
         expected, given = getattr(config, theirs), getattr(speculator.config, ours)
-        if abs(expected - given) > tolerance:
+        if given is not None and abs(expected - given) > tolerance:  # None: it fits any base model
             trained_for = getattr(speculator.config, "base_model_name_or_path", None) or "another base model"
             raise ValueError(
                 f"The speculator has `{ours}={given}`, but {type(model).__name__} has `{theirs}={expected}`: "

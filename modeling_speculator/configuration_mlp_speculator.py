@@ -7,6 +7,7 @@ import operator
 from transformers import PreTrainedConfig
 
 from .formats import read_config
+from .lookup import check_n_lookup_tokens
 
 
 # Candidates that the published checkpoints draft: [5, 3, 2] for three heads, then two children per node.
@@ -14,7 +15,7 @@ _PUBLISHED_TOP_K = [5, 3]
 
 
 # What is read at each call, in the order of `MLPSpeculatorConfig.check_dials`.
-DIALS = ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes", "n_heads")
+DIALS = ("top_k_tokens_per_head", "n_candidates", "n_tree_nodes", "n_heads", "n_lookup_tokens")
 
 
 class MLPSpeculatorConfig(PreTrainedConfig):
@@ -31,6 +32,8 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         n_tree_nodes: if set, the drafted tokens to verify: the most probable nodes of the whole tree, in place of its
             `n_candidates` most probable leaves; a dial, read at each call.
         n_heads: if set, the heads that draft, the first ones; a dial, read at each call.
+        n_lookup_tokens: if not 0, one more branch of so many tokens: what followed when the text last went as it ends
+            now; a dial, read at each call.
         tie_weights: share embedding, head and norm among all heads, and the projection among all but the first.
         scale_input: normalise the context vector before the first head.
         method: the cell, "sum_rnn" (arXiv 2404.19124) or "sum_lstm" (gated, Arctic Inference; its heads are always
@@ -54,6 +57,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     n_candidates: int = 5
     n_tree_nodes: int | None = None
     n_heads: int | None = None
+    n_lookup_tokens: int = 0
     tie_weights: bool = False
     scale_input: bool = False
     method: str = "sum_rnn"
@@ -76,7 +80,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         if self.top_k_tokens_per_head is None:
             self.top_k_tokens_per_head = (_PUBLISHED_TOP_K + [2] * self.n_predict)[: self.n_predict]
         self.top_k_tokens_per_head = list(self.top_k_tokens_per_head)
-        self.check_dials(self.top_k_tokens_per_head, self.n_candidates, self.n_tree_nodes, self.n_heads)
+        self.check_dials(*(getattr(self, dial) for dial in DIALS))
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -97,6 +101,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         n_candidates: int,
         n_tree_nodes: int | None = None,
         n_heads: int | None = None,
+        n_lookup_tokens: int = 0,
         vocab_size: int | None = None,
     ) -> None:
         """Raises a ValueError where the drafting dials don't fit this speculator or one another.
@@ -133,6 +138,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
                 f"`top_k_tokens_per_head={top_k}` can draft, but is {n_tree_nodes!r}. "
                 "Lower `n_tree_nodes` or raise `top_k_tokens_per_head`."
             )
+        check_n_lookup_tokens(n_lookup_tokens)
 
     def to_diff_dict(self) -> dict:
         """What is saved: as in the published files, nothing that is off or unset, nor the published `method`.
@@ -143,6 +149,8 @@ class MLPSpeculatorConfig(PreTrainedConfig):
             key: value for key, value in super().to_diff_dict().items() if value is not None and value is not False
         }
         saved.pop("auto_map", None)
+        if saved.get("n_lookup_tokens") == 0:
+            del saved["n_lookup_tokens"]
         if saved.get("method") == self.methods[0]:
             del saved["method"]
         return saved

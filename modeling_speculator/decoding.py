@@ -4,12 +4,12 @@ from contextlib import nullcontext
 
 import torch
 
-from .adaptive import AdaptiveSpeculation, choices_of
 from .attention import tree_attention, uses_sdpa
 from .cache import SpeculativeCache
-from .candidate_tree import CandidateTree, max_nodes
+from .candidate_tree import CandidateTree
 from .checks import main_device
 from .context_vectors import handed_to_cache
+from .drafting import Drafting
 from .emission import Emission
 from .families import attention_windows
 from .progress import Progress
@@ -18,7 +18,6 @@ from .rows import Rows, at_nodes
 from .tracing import Trace
 from .transformers_api import CACHE, has_unfinished_sequences, optimized_for_decoding
 from .transformers_api import prefill as run_prompt
-from .vocabularies import beside
 
 
 class SpeculativeDecoder:
@@ -33,15 +32,9 @@ class SpeculativeDecoder:
     keeps_storage = False  # whether the memory of the cache is used by the next call
 
     def __init__(self, model, speculator, request: Request):
-        self.model, self.speculator, self.request = model, beside(model, speculator), request
-        self.device = main_device(model)
-        config = speculator.config
-        self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
-        self.n_tree_nodes = getattr(config, "n_tree_nodes", None)  # a dial that not every drafter has
-        self.max_nodes = max_nodes(config)
-        adapts = request.is_adaptive and self.n_candidates > 0
-        self.policy = AdaptiveSpeculation(choices_of(config)) if adapts else None
-        self.progress = Progress(len(request.input_ids), request.streamer)
+        self.model, self.request, self.device = model, request, main_device(model)
+        self.drafting = Drafting(model, speculator, request.is_adaptive)
+        self.progress = Progress(*request.input_ids.shape, request.streamer)
         self.trace = Trace() if request.traces_speculation else None
         self.hidden_states = []  # if they are to be returned
 
@@ -63,17 +56,18 @@ class SpeculativeDecoder:
         """Runs the prompt the model's own way, into our cache, and emits the first token."""
         request, config, capacity = self.request, self.model.config.get_text_config(decoder=True), self.capacity()
         windows, storage = attention_windows(config), self.reusable_storage()
+        depth, max_nodes = self.drafting.depth, self.drafting.max_nodes
         self.cache = SpeculativeCache(config.num_hidden_layers, capacity, windows, request.past, storage)
         # The loop keeps a cache of its own, whether or not the caller wants one.
         model_kwargs = request.model_kwargs | {"use_cache": True}
         input_ids = request.input_ids.to(self.device).long()
         outputs = run_prompt(self.model, input_ids, request.generation_config, model_kwargs, self.cache)
-        self.cache.start_steps(request.prompt_mask.to(self.device), self.max_nodes, self.is_dense())
+        self.cache.start_steps(request.prompt_mask.to(self.device), max_nodes, self.is_dense())
 
         context_vectors = self.cache.context_vectors[:, -1:].to(self.device)
-        self.rows = Rows(request, config, capacity, self.n_predict, context_vectors, drafts=self.max_nodes > 1)
+        self.rows = Rows(request, self.model.config, capacity, depth, context_vectors, drafts=max_nodes > 1)
         self.settle()
-        self.emission = Emission(request, self.rows, self.n_predict, vocab_size=outputs.logits.shape[-1])
+        self.emission = Emission(request, self.rows, depth, vocab_size=outputs.logits.shape[-1])
         self.bare_root = CandidateTree.root_only(self.rows.root)  # the tensor itself, and so whatever it becomes
         if request.returns("hidden_states"):
             self.hidden_states.append(outputs.hidden_states)
@@ -85,14 +79,14 @@ class SpeculativeDecoder:
         The next tree is drafted before the host reads what the last step did: one wait tells of both. In the end one
         draft is not used.
         """
-        self.choose()
-        tree = self.draft()
+        self.drafting.choose()
+        tree = self.draft(self.longest_possible())
         self.read(self.report(tree))
         while self.goes_on():
-            n_candidates, n_nodes = self.n_candidates, self.progress.n_nodes
+            n_candidates, n_nodes = self.drafting.n_candidates, self.progress.n_nodes
             self.step(tree.trim(max(n_nodes)), self.slots_in_use())
-            self.choose()
-            tree = self.draft()
+            self.drafting.choose()
+            tree = self.draft(self.longest_possible())
             self.read(self.report(tree))
             self.record(n_candidates, n_nodes)
 
@@ -101,23 +95,11 @@ class SpeculativeDecoder:
 
     # A step, on the device
 
-    def draft(self) -> CandidateTree:
-        """Drafts after each row's last token, and merges the candidates into one tree per row."""
-        root, context_vector = self.rows.root, self.rows.context_vector
-        if self.n_candidates == 0:
+    def draft(self, columns: int) -> CandidateTree:
+        """One tree per row, after its last token; no row is longer than some columns."""
+        if self.drafting.n_candidates == 0:
             return self.bare_root
-        if self.n_tree_nodes is not None:
-            drafted = self.speculator.generate_tree(context_vector, root, self.n_tree_nodes)
-            return CandidateTree.from_parents(root, *drafted, max_depth=self.n_predict)
-        dial = {} if self.policy is None else {"n_candidates": self.n_candidates}
-        candidates = self.speculator.generate_candidates(context_vector, root, **dial)
-        batch, n_candidates, depth = candidates.shape
-        if batch != len(root) or n_candidates > self.n_candidates or depth > self.n_predict:
-            raise ValueError(
-                f"The speculator drafted {tuple(candidates.shape)} tokens, more than its config's "
-                f"{(len(root), self.n_candidates, self.n_predict)}: batch, `n_candidates`, `n_predict`."
-            )
-        return CandidateTree.merge(root, candidates, self.max_nodes)
+        return self.drafting.tree(self.rows, columns)
 
     def step(self, tree: CandidateTree, in_use: int) -> None:
         """Verifies a tree, emits what is accepted, and keeps its keys and values."""
@@ -155,11 +137,6 @@ class SpeculativeDecoder:
 
     # Between steps, on the host
 
-    def choose(self) -> None:
-        """Decides how many candidates are drafted next."""
-        if self.policy is not None:
-            self.n_candidates = self.policy.choose()
-
     def report(self, tree: CandidateTree) -> torch.Tensor:
         """What the host wants to know of a step, and of the tree that comes next."""
         return self.progress.report(self.rows, self.verified, self.emission.drawable, tree)
@@ -170,24 +147,26 @@ class SpeculativeDecoder:
 
     def record(self, n_candidates: int, n_nodes: list[int]) -> None:
         """Notes a step that has been read, and what was drafted for it."""
-        tokens_per_row = self.progress.record(n_candidates, n_nodes)
-        if self.policy is not None:
-            self.policy.record(n_candidates, tokens_per_row)
+        self.drafting.record(n_candidates, self.progress.record(n_candidates, n_nodes))
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""
         ended = not self.progress.unfinished
         return has_unfinished_sequences(self.model, ended, self.request.synced_gpus, self.device)
 
+    def longest_possible(self) -> int:
+        """Columns that the longest row has at most, before the host has read what the last step emitted."""
+        return self.progress.longest + self.drafting.depth + 1
+
     def slots_in_use(self) -> int:
         """One past the highest slot of the cache that the next nodes may take."""
-        return self.progress.longest - 1 + self.rows.in_cache_only + self.max_nodes
+        return self.progress.longest - 1 + self.rows.in_cache_only + self.drafting.max_nodes
 
     # What a static decoder does otherwise, and what may be left out
 
     def capacity(self) -> int:
         """Slots of the cache: the text but its last token, and the nodes of one tree."""
-        return self.request.context_length + self.request.budget - 1 + self.max_nodes
+        return self.request.context_length + self.request.budget - 1 + self.drafting.max_nodes
 
     def reusable_storage(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer that an earlier call has left for this one: none."""
@@ -200,7 +179,7 @@ class SpeculativeDecoder:
         """Whether every node attends to every slot in use, so that no mask is needed."""
         windows, request = self.cache.windows.values(), self.request
         windowed = any(window is not None and window < self.capacity() for window in windows)
-        is_plain = self.max_nodes == 1 and request.model_kwargs.get("attention_mask") is None and not windowed
+        is_plain = self.drafting.max_nodes == 1 and request.model_kwargs.get("attention_mask") is None and not windowed
         return is_plain and uses_sdpa(self.model) and self.may_be_dense
 
     @property

@@ -1,7 +1,7 @@
 """The drafters that the loop takes: a new one is a file beside `modeling_medusa.py`, and its line here.
 
 What the loop needs of one are `config` (with `model_type`, `vocab_size`, `emb_dim`, `n_predict`, `n_candidates`) and
-`generate_candidates`; what is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the
+`generate_candidates`, but for `PromptLookup`, which has no heads; what is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the
 trainers need a `Cell`.
 """
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from .modeling_prompt_lookup import PromptLookupConfig
 from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
 
 
@@ -33,7 +34,7 @@ def register_drafter(config_class: type[PreTrainedConfig], model_class: type[Pre
 def is_drafter(assistant_model) -> bool:
     """Whether `assistant_model` is one that this package's loop drafts with."""
     model_type = getattr(getattr(assistant_model, "config", None), "model_type", None)
-    return model_type in {config_class.model_type for config_class in DRAFTERS}
+    return model_type in {config_class.model_type for config_class in (*DRAFTERS, PromptLookupConfig)}
 
 
 def config_class_of(method: str) -> type[MLPSpeculatorConfig]:

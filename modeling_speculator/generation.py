@@ -162,7 +162,7 @@ def build_output(decoder: SpeculativeDecoder) -> GenerateSpeculativeOutput | tor
             emitted=torch.tensor([step.n_emitted for step in steps]).view(-1, len(sequences)),
             n_nodes=torch.tensor([step.n_nodes for step in steps]).view(-1, len(sequences)),
             n_candidates=[step.n_candidates for step in steps],
-            n_predict=decoder.n_predict,
+            n_predict=decoder.drafting.depth,
             traces=None if decoder.trace is None else decoder.trace.of_rows(len(sequences)),
         ),
     )

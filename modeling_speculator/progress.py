@@ -22,13 +22,14 @@ class Progress:
     """Which rows go on, how long the longest is, how large the next tree; and the record of the steps so far.
 
     Args:
+        longest: columns of the prompts.
         streamer: is given the tokens as they are read; or None.
     """
 
-    def __init__(self, batch: int, streamer):
-        self.batch, self.streamer = batch, streamer
+    def __init__(self, batch: int, longest: int, streamer):
+        self.batch, self.longest, self.streamer = batch, longest, streamer
         self.steps: list[StepRecord] = []
-        self.unfinished, self.longest = True, 0
+        self.unfinished = True
         self.n_nodes: list[int] = []  # of the next tree; where steps are compiled, of the last
         self.n_emitted: list[int] = []  # by the last step
 

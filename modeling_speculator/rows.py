@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .families import EMBEDDED_TOKEN_TYPES
+from .lookup import readable_tokens
 from .request import Request
 from .verification import Verified
 
@@ -16,6 +17,7 @@ class Rows:
     Attributes:
         sequences: (batch, columns), the text, with room for what a step writes past a row's end: that is overwritten
             by the next step, or cut off in the end.
+        readable: (batch, columns) bool, False at padding and at places for images.
         lengths: (batch, 1), columns of text.
         budget: (batch,), tokens that a row may still emit; 0 for one that has ended.
         root: (batch, 1), the last token.
@@ -24,15 +26,15 @@ class Rows:
         token_types: (batch, 1), of every token that comes; None where the base model adds none.
 
     Args:
-        config: of the base model's text.
+        config: of the base model.
         capacity: columns that the text may come to, the nodes of a tree included.
-        n_predict: tokens that a draft can hold.
+        depth: the most tokens of a path of a draft.
         context_vector: of the prompt's last token.
         drafts: whether anything is ever drafted.
     """
 
     # What steps write to or read again and again: in a CUDA graph these tensors must stay where they are.
-    STATE = ("sequences", "lengths", "budget", "root", "context_vector", "along")
+    STATE = ("sequences", "readable", "lengths", "budget", "root", "context_vector", "along")
     STATE += ("from_length", "last_position", "to_root_column")
 
     def __init__(
@@ -40,7 +42,7 @@ class Rows:
         request: Request,
         config: PreTrainedConfig,
         capacity: int,
-        n_predict: int,
+        depth: int,
         context_vector: torch.Tensor,
         drafts: bool,
     ):
@@ -49,15 +51,18 @@ class Rows:
         batch, length = input_ids.shape
         self.drafts, self.pad_token_id = drafts, request.pad_token_id
         self.in_cache_only = request.context_length - length
-        self.sequences = input_ids.new_zeros(batch, capacity + n_predict + 1)
+        self.sequences = input_ids.new_zeros(batch, capacity + depth + 1)
         self.sequences[:, :length] = input_ids
+        self.readable = torch.ones_like(self.sequences, dtype=torch.bool)
+        mask = request.prompt_mask[:, self.in_cache_only :].to(device)
+        self.readable[:, :length] = readable_tokens(input_ids, mask, config)
         self.lengths = torch.full((batch, 1), length, device=device)
         self.budget = torch.full((batch,), request.budget, device=device)
         self.root = self.sequences.new_zeros(batch, 1)
         self.context_vector = context_vector.clone(memory_format=torch.contiguous_format)
-        adds_types = config.model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
+        adds_types = config.get_text_config(decoder=True).model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
         self.token_types = request.last_token_types.to(device) if adds_types else None
-        self.along = torch.arange(n_predict + 1, device=device)
+        self.along = torch.arange(depth + 1, device=device)
         self.from_length = request.last_positions.to(device) - length  # of a text to its last token's position
         self.last_position = self.from_length + length + request.budget - 1  # the last token is never run
         self.to_root_column = torch.full((1, 1), self.in_cache_only - 1, device=device)  # from a text's length

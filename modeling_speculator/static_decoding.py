@@ -95,7 +95,7 @@ class StaticDecoder(SpeculativeDecoder):
         step = function if self.compile_config is None else _compiled(function, self.compile_config)
         with recompile_limits(*_LIMITS):
             while self.goes_on():
-                self.choose()
+                self.drafting.choose()
                 view = min(_view(self.slots_in_use()), self.cache.slots.capacity)
                 if self.keeps_storage:
                     torch.compiler.cudagraph_mark_step_begin()
@@ -112,7 +112,7 @@ class StaticDecoder(SpeculativeDecoder):
                     self.accept(tree, root_column, outputs)
                     outcome = self.report(tree)
                 self.read(outcome)
-                self.record(self.n_candidates, self.progress.n_nodes)
+                self.record(self.drafting.n_candidates, self.progress.n_nodes)
 
     def choose_compile_config(self) -> CompileConfig | None:
         """How to compile, None for not at all. As without a speculator: on CUDA, or where it is asked for.
@@ -138,14 +138,14 @@ class StaticDecoder(SpeculativeDecoder):
 
 def _step(decoder: StaticDecoder, view: int) -> torch.Tensor:
     """Draft, verify, accept, keep: a function of the decoder's tensors, which returns what the host wants to know."""
-    tree = decoder.draft()
+    tree = decoder.draft(view)
     decoder.step(tree, view)
     return decoder.report(tree)
 
 
 def _propose(decoder: StaticDecoder, view: int) -> tuple[CandidateTree, torch.Tensor, object]:
     """Draft and verify."""
-    tree = decoder.draft()
+    tree = decoder.draft(view)
     root_column = decoder.rows.root_column
     return tree, root_column, decoder.verify(tree, root_column, view)
 

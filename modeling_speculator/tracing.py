@@ -13,7 +13,7 @@ class TracedStep:
     """One verifying forward over one row's candidate tree. Node 0 is the root, the last token before the step.
 
     Attributes:
-        tokens: ids of the nodes, level by level.
+        tokens: ids of the nodes, a parent before its children.
         parents, depths: of the nodes; 0 at the root.
         probabilities: that the base model, as it is (no temperature, no processors), gives each node after its parent.
         ranks: of each node among all tokens after its parent, 1 the most probable.

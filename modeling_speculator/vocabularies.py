@@ -45,4 +45,5 @@ class SpeculatorOfCommonIds:
 def beside(model, speculator):
     """What drafts for a base model: the speculator itself where both have the same ids."""
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    return speculator if vocab_size == speculator.config.vocab_size else SpeculatorOfCommonIds(speculator, vocab_size)
+    same = speculator.config.vocab_size in (None, vocab_size)  # None: it drafts what the text holds
+    return speculator if same else SpeculatorOfCommonIds(speculator, vocab_size)

@@ -80,6 +80,7 @@ OPTIONS = {
     "hidden states": {"output_hidden_states": True},
     "no candidates": {"n_candidates": 0},
     "best nodes": {"n_tree_nodes": 7},
+    "lookup": {"n_lookup_tokens": 5},
     "fewer heads": {"n_heads": 2},
     "one row": {"rows": 1},
 }
@@ -91,6 +92,7 @@ def test_options(llama, speculator, name):
     speculator.config.n_candidates = options.pop("n_candidates", 5)
     speculator.config.n_tree_nodes = options.pop("n_tree_nodes", None)
     speculator.config.n_heads = options.pop("n_heads", None)
+    speculator.config.n_lookup_tokens = options.pop("n_lookup_tokens", 0)
     assert_same_text(llama, speculator, prompts(rows=options.pop("rows", 2)), **options)
 
 

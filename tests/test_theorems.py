@@ -65,11 +65,22 @@ accepted, branches = Counter(), Counter()
     cache=st.sampled_from(["dynamic", "dynamic", "static", "passed in"]),
     n_predict=st.sampled_from([N_PREDICT, N_PREDICT, 1, 2, 5]),
     n_candidates=st.sampled_from([N_CANDIDATES, N_CANDIDATES, 0, 1, 2, 7]),
+    n_lookup_tokens=st.sampled_from([0, 0, 0, 2, 6]),
     p_right=st.sampled_from([0.7, 0.7, 0.7, 0.4, 0.0, 1.0]),
     seed=st.integers(0, 999),
 )
 def test_any_case(
-    family, attn_implementation, lengths, max_new_tokens, option, cache, n_predict, n_candidates, p_right, seed
+    family,
+    attn_implementation,
+    lengths,
+    max_new_tokens,
+    option,
+    cache,
+    n_predict,
+    n_candidates,
+    n_lookup_tokens,
+    p_right,
+    seed,
 ):
     model, options = model_of(family, attn_implementation), OPTIONS[option]
     generator = torch.Generator().manual_seed(seed)
@@ -96,6 +107,8 @@ def test_any_case(
     expected = generate(undrafted if sampled else None).sequences
     text_mask = torch.nn.functional.pad(mask, (0, expected.shape[1] - longest), value=1)
     oracle = Oracle(model, expected, text_mask, n_predict, n_candidates, p_right, seed)
+    oracle.config.n_lookup_tokens = n_lookup_tokens
+    most = max(n_predict, n_lookup_tokens) if n_candidates else 0
     out = generate(oracle)
 
     assert out.sequences.tolist() == expected.tolist()
@@ -105,8 +118,8 @@ def test_any_case(
     assert out.speculation.tokens == sum(row.tokens for row in rows) <= len(rows) * (expected.shape[1] - longest - 1)
     for row in rows:
         assert row.steps == len(row.emitted_per_step) == len(row.candidates_per_step)
-        assert row.drafted_tokens <= row.steps * n_predict * n_candidates
-        assert all(1 <= n <= (n_predict + 1 if n_candidates else 1) for n in row.emitted_per_step)
+        assert row.drafted_tokens <= row.steps * (n_predict * n_candidates + n_lookup_tokens)
+        assert all(1 <= n <= most + 1 for n in row.emitted_per_step)
         assert sum(row.accepted_per_position) * row.steps == pytest.approx(row.tokens - row.steps)
         accepted.update((option, cache, n - 1) for n in row.emitted_per_step)
     branches.update(oracle.right_branches)

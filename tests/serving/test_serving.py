@@ -10,6 +10,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingAr
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` makes an environment that has it")
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+QUICKSTART = ROOT / "outputs/quickstart"
 GREEDY = {"temperature": 0, "max_tokens": 24}
 CHAIN = {"top_k_tokens_per_head": [1, 1, 1], "n_candidates": 1}
 
@@ -167,53 +170,64 @@ def test_two_tensor_parallel_ranks(pair, prompts, tmp_path):
 # The server
 
 
-@pytest.fixture
-def server(pair, tmp_path):
-    """`with server(*options) as ask:` asks the OpenAI server, as a client does: for a path, and with JSON to post."""
-
-    @contextmanager
-    def started(*options):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        command = [sys.executable, str(HERE / "cpu_harness.py"), "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(pair[2] / "base"), "--served-model-name", "base", "--port", str(port)]
-        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", *options]
-
-        def ask(path, body=None):
-            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
-            request.add_header("Content-Type", "application/json")
-            data = None if body is None else json.dumps(body).encode()
-            return urllib.request.urlopen(request, data, timeout=300).read().decode()
-
-        with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-            try:
-                for _ in range(300):
-                    assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
-                    with suppress(OSError):
-                        ask("/health")
-                        break
-                    time.sleep(1)
-                yield ask
-            finally:
-                process.terminate()
-
-    return started
+@contextmanager
+def server(log: Path, *options):
+    """The OpenAI server, as a client meets it: its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(HERE / "cpu_harness.py"), "vllm.entrypoints.openai.api_server", *options]
+    command += ["--served-model-name", "base", "--port", str(port), "--enforce-eager", "--max-num-seqs", "8"]
+    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT) as process:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(300):
+                assert process.poll() is None, log.read_text()[-4000:]
+                with suppress(OSError):
+                    urllib.request.urlopen(f"{url}/health", timeout=10)
+                    break
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
 
 
-def test_two_clients_at_once(pair, prompts, server):
-    """Get the texts that the same server gives without the speculator; /metrics shows the acceptance."""
+def complete(url: str, prompt) -> str:
+    body = {"model": "base", "prompt": prompt, "temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    return json.loads(urllib.request.urlopen(request, timeout=300).read())["choices"][0]["text"]
+
+
+def pair_of_tokens(request):
+    pair, prompts = request.getfixturevalue("pair"), request.getfixturevalue("prompts")
+    base = ["--model", str(pair[2] / "base"), "--dtype", "float32", "--max-model-len", "128"]
     model = {"method": "mtp", "model": str(pair[2] / "speculator"), "num_speculative_tokens": 3}
+    return base, [*base, "--speculative-config", json.dumps(model)], prompts[:4]
+
+
+def quickstarts(request):
+    """Its pair by the recipe, beginnings of files that it was not trained on."""
+    if not (QUICKSTART / "speculator/config.json").is_file():
+        pytest.skip("needs the quickstart's models, which are not here: `make quickstart` trains them")
+    base = ["--model", str(QUICKSTART / "base_model"), "--dtype", "float32", "--max-model-len", "256"]
+    files = (QUICKSTART / "corpus/held_out.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["text"][:200] for line in files[:4]]
+    return base, ["--config", str(ROOT / "recipes/serve/quickstart.yaml")], prompts
+
+
+@pytest.mark.parametrize("what", [pair_of_tokens, quickstarts])
+def test_two_clients_at_once(what, request, tmp_path):
+    """Get the texts that the same server gives without the speculator; /metrics shows the acceptance."""
+    *ways, prompts = what(request)
     texts = []
-    for options in ([], ["--speculative-config", json.dumps(model)]):
-        with server(*options) as ask:
-
-            def client(prompt, ask=ask):
-                body = {"model": "base", "prompt": prompt, "temperature": 0, "max_tokens": 24, "ignore_eos": True}
-                return json.loads(ask("/v1/completions", body))["choices"][0]["text"]
-
+    for options in ways:
+        with server(tmp_path / "log", *options) as url:
             with ThreadPoolExecutor(2) as pool:
-                texts.append(list(pool.map(client, prompts[:4])))
-            metrics = ask("/metrics")
-    assert texts[0] == texts[1] and all(len(text) >= 24 for text in texts[0])
-    (accepted,) = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
-    assert float(accepted) > 10
+                texts.append(list(pool.map(partial(complete, url), prompts)))
+            if options is ways[-1]:
+                command = [sys.executable, str(ROOT / "recipes/serve/acceptance.py"), "--url", url]
+                said = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert texts[0] == texts[1] and all(texts[0])
+    assert said.returncode == 0, said.stderr
+    assert 1.3 < float(re.search(r"(\S+) tokens per step", said.stdout)[1]) < 4
+    print(said.stdout)
