@@ -1,8 +1,8 @@
 """The drafters that the loop takes: a new one is a file beside `modeling_medusa.py`, and its line here.
 
 What the loop needs of one are `config` (with `model_type`, `vocab_size`, `emb_dim`, `n_predict`, `n_candidates`) and
-`generate_candidates`, but for `PromptLookup`, which has no heads; what is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the
-trainers need a `Cell`.
+`generate_candidates`, but for `PromptLookup`, which has no heads; what is measured of it goes by all of `DIALS` and by
+a `forward` as the MLP speculator's; the trainers need a `Cell`.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 from .adaptive import AdaptiveSpeculation, choices_of
 from .candidate_tree import CandidateTree, max_nodes
-from .lookup import continuation
+from .lookup import continuation, lookup_tokens
 from .rows import Rows
 from .vocabularies import beside
 
@@ -22,9 +22,8 @@ class Drafting:
     def __init__(self, model, speculator, adapts: bool):
         self.speculator, config = beside(model, speculator), speculator.config
         self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
-        # Dials that not every drafter has.
-        self.n_tree_nodes = getattr(config, "n_tree_nodes", None)
-        self.n_lookup_tokens = (getattr(config, "n_lookup_tokens", None) or 0) if self.n_candidates > 0 else 0
+        self.n_tree_nodes = getattr(config, "n_tree_nodes", None)  # a dial that not every drafter has
+        self.n_lookup_tokens = lookup_tokens(config)
         self.depth = max(self.n_predict, self.n_lookup_tokens)
         self.most_drafted = max_nodes(config)  # by the drafter itself, the root included
         self.max_nodes = self.most_drafted + self.n_lookup_tokens

@@ -19,6 +19,11 @@ def check_n_lookup_tokens(n_lookup_tokens: int, least: int = 0) -> None:
         raise ValueError(f"`n_lookup_tokens` must be an integer of at least {least}, but is {n_lookup_tokens!r}.")
 
 
+def lookup_tokens(config) -> int:
+    """The tokens of a drafter's lookup branch; 0 where it has none, or drafts nothing."""
+    return (getattr(config, "n_lookup_tokens", None) or 0) if config.n_candidates > 0 else 0
+
+
 def continuation(
     text: torch.Tensor, readable: torch.Tensor, lengths: torch.Tensor, n_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

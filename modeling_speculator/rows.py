@@ -60,7 +60,8 @@ class Rows:
         self.budget = torch.full((batch,), request.budget, device=device)
         self.root = self.sequences.new_zeros(batch, 1)
         self.context_vector = context_vector.clone(memory_format=torch.contiguous_format)
-        adds_types = config.get_text_config(decoder=True).model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
+        model_type = config.get_text_config(decoder=True).model_type
+        adds_types = model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
         self.token_types = request.last_token_types.to(device) if adds_types else None
         self.along = torch.arange(depth + 1, device=device)
         self.from_length = request.last_positions.to(device) - length  # of a text to its last token's position

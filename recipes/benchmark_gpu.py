@@ -89,7 +89,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="that are measured")
     parser.add_argument("--device", default="cuda", metavar="DEVICE", help="cuda or cpu")
     parser.add_argument(
-        "--trace", type=output_file, metavar="FILE", help="*.json.gz, for what a profiler sees of 32 steps (default: none)"
+        "--trace",
+        type=output_file,
+        metavar="FILE",
+        help="*.json.gz, for what a profiler sees (default: none)",
     )
     parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON, for the results (default: none)")
     args = parser.parse_args()
@@ -111,7 +114,7 @@ def build(target: str, device: str) -> tuple:
 
 
 def measure(model, speculator, batch: int, context: int, copied: float, args):
-    """Yields what a step takes with each method, and against the floor: after one round, and then after all, in turn."""
+    """Yields what a step takes with each method after one round, and after all, in turn, against the floor, too."""
     times = {method: [] for method in args.methods}
 
     def seconds(method: str, n_tokens: int) -> float:

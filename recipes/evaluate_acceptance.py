@@ -97,6 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--n_candidates", type=count, metavar="CANDIDATES", help=f"per step; 0: no speculation {own}")
     parser.add_argument("--n_tree_nodes", type=positive, metavar="NODES", help=f"per step {own}")
     parser.add_argument("--n_heads", type=positive, metavar="HEADS", help=f"that draft {own}")
+    parser.add_argument("--n_lookup_tokens", type=count, metavar="TOKENS", help=f"of a lookup branch; 0: none {own}")
     parser.add_argument(
         "--top_k_tokens_per_head", type=positive, nargs="+", metavar="TOKENS", help=f"children per node {own}"
     )

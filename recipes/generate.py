@@ -32,6 +32,7 @@ DIALS = {
     "n_candidates": (count, "CANDIDATES", "drafted per step; 0: no speculation"),
     "n_tree_nodes": (positive, "NODES", "drafted per step, the most probable ones"),
     "n_heads": (positive, "HEADS", "that draft, the first ones"),
+    "n_lookup_tokens": (count, "TOKENS", "of a branch that repeats the text"),
 }
 
 

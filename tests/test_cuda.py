@@ -63,7 +63,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dials", [{"n_candidates": 0}, {"n_candidates": 5}, {"n_tree_nodes": 7, "n_lookup_tokens": 6}])
+@pytest.mark.parametrize(
+    "dials", [{"n_candidates": 0}, {"n_candidates": 5}, {"n_tree_nodes": 7, "n_lookup_tokens": 6}]
+)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cuda_graphs(speculator, name, dials, monkeypatch):
     """More than once, because a graph is recorded in the first call and replayed in the next."""

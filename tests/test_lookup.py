@@ -12,6 +12,7 @@ from transformers import CompileConfig, GenerationConfig
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, PromptLookup
 from modeling_speculator.candidate_tree import CandidateTree
 from modeling_speculator.lookup import continuation, readable_tokens
+from modeling_speculator.measuring.acceptance import measure_acceptance
 from modeling_speculator.transformers_api import CACHE
 
 
@@ -132,7 +133,8 @@ def test_the_text_is_the_base_models(llama, speculator, drafts, name):
     assert out.sequences.tolist() == generate(drafter).sequences.tolist()  # nothing is drafted
     drafter.config.n_candidates = n_candidates
     if not options["do_sample"]:
-        plain = {key: options[key] for key in options.keys() - {"compile_config", "cache_implementation", "speculation"}}
+        of_the_loop = {"compile_config", "cache_implementation", "speculation"}
+        plain = {key: options[key] for key in options.keys() - of_the_loop}
         assert out.sequences.tolist() == llama.generate(**inputs, **plain).tolist()
     assert len(out.speculation.accepted_per_position) == 6
     if name not in ("several", "sampled", "adaptive", "ends"):  # greedy text of a random model repeats itself
@@ -160,6 +162,15 @@ def test_more_than_either_alone(llama):
     assert both.steps < min(alone.steps, lookup.steps)
     assert len(both.accepted_per_position) == 8 and len(alone.accepted_per_position) == 3
     assert both.drafted_tokens / both.steps > alone.drafted_tokens / alone.steps
+
+
+def test_simulated_steps_are_the_loops(llama, speculator):
+    """Acceptance is computed from finished texts, too: a branch is in it."""
+    inputs = prompts()
+    inputs["input_ids"][:, 5:] = inputs["input_ids"][:, 1:5]
+    measured = measure_acceptance(llama, speculator, **inputs, max_new_tokens=60, do_sample=False)
+    assert all(row.emitted_per_step == row.simulated_per_step for row in measured)
+    assert max(max(row.emitted_per_step) for row in measured) > 4
 
 
 def test_a_passed_cache(llama):

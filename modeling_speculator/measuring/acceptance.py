@@ -8,9 +8,10 @@ from tqdm import tqdm
 
 from ..checks import main_device
 from ..context_vectors import read_context_vectors
+from ..lookup import lookup_tokens
 from ..statistics import SpeculationStatistics
 from ..vocabularies import beside
-from .evaluation import accepted_drafts, loops, simulate_emissions
+from .evaluation import accepted_drafts, accepted_lookups, loops, simulate_emissions
 from .prompts import Prompt, encode, pad_left, too_long
 from .records import RecordFile
 
@@ -120,7 +121,11 @@ def measure_acceptance(
     # What a head would guess past the end counts as wrong, and is not counted.
     tokens = F.pad(texts.masked_fill(beyond, -100), (0, n_predict), value=-100)
     states = read_context_vectors(model, out.sequences, attention_mask)[:, length - 1 : -1]
-    simulated = simulate_emissions(accepted_drafts(beside(model, speculator), states, tokens), lengths)
+    accepted = accepted_drafts(beside(model, speculator), states, tokens)
+    if n_lookup_tokens := lookup_tokens(speculator.config):
+        looked_up = accepted_lookups(input_ids, attention_mask, tokens[:, : accepted.shape[1]], n_lookup_tokens)
+        accepted = torch.maximum(accepted, looked_up)
+    simulated = simulate_emissions(accepted, lengths)
     correct, correct_top_k, counted = head_accuracy(speculator, states, tokens)
     return [
         PromptAcceptance(

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..lookup import continuation
+
 
 def generate_greedily(model, prompt: torch.Tensor, max_new_tokens: int, **kwargs):
     """`model.generate` of one unpadded prompt (1, length), whatever sampling its generation config asks for."""
@@ -29,6 +31,8 @@ def accepted_drafts(
     speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27
 ) -> torch.Tensor:
     """How many drafted tokens would be accepted at each position of a text that the base model wrote.
+
+    Those of a lookup branch, which no head drafts, are `accepted_lookups`.
 
     Args:
         speculator: drafts by its dials.
@@ -60,6 +64,33 @@ def accepted_drafts(
                 right &= torch.nn.functional.pad(right, (1, 0), value=True).gather(1, parents)
             parts.append((right * depths).amax(-1))
     return torch.cat(parts).view(len(tokens), n)
+
+
+def accepted_lookups(
+    prompts: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, n_lookup_tokens: int
+) -> torch.Tensor:
+    """How many tokens of a lookup branch would be accepted at each position of a text that the base model wrote.
+
+    Where there are heads and a branch, the larger of both numbers is.
+
+    Args:
+        prompts, attention_mask: (batch, prompt), what the text begins with; 0 at padding.
+        tokens: (batch, length); -100 where nothing can be accepted, as after an end of text.
+
+    Returns:
+        (batch, length) integers between 0 and `n_lookup_tokens`.
+    """
+    text = torch.cat([prompts, tokens.clamp(min=0)], dim=1)
+    readable = torch.nn.functional.pad(attention_mask.bool(), (0, tokens.shape[1]), value=True)
+    truth = torch.nn.functional.pad(tokens, (0, n_lookup_tokens), value=-100)
+    accepted = torch.zeros_like(tokens)
+    for at in range(tokens.shape[1]):
+        end = prompts.shape[1] + at + 1
+        lengths = torch.full_like(tokens[:, :1], end)
+        drafted, found = continuation(text[:, :end], readable[:, :end], lengths, n_lookup_tokens)
+        right = drafted == truth[:, at + 1 : at + 1 + n_lookup_tokens]
+        accepted[:, at] = right.cumprod(-1).sum(-1) * found
+    return accepted
 
 
 def simulate_steps(accepted: torch.Tensor, lengths: torch.Tensor) -> tuple[int, int]:

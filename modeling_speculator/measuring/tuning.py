@@ -18,14 +18,16 @@ from ..candidate_tree import CandidateTree, max_nodes
 from ..configuration_mlp_speculator import DIALS
 from ..context_vectors import read_context_vectors
 from ..drafters import dials_of, turned
+from ..lookup import lookup_tokens
 from ..vocabularies import beside
 from .benchmarking import seconds_in_turn
-from .evaluation import accepted_drafts, simulate_emissions
+from .evaluation import accepted_drafts, accepted_lookups, simulate_emissions
 from .latency import BETWEEN
 
 
 TREE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CANDIDATES = (1, 2, 3, 4, 5, 8, 16)
+LOOKUP_TOKENS = (0, 4, 8)
 MEASURED_PROMPTS = 4  # of one load, for the costs of a step
 
 
@@ -58,16 +60,30 @@ class Texts:
             texts.append(model.generate(some, attention_mask=torch.ones_like(some), **options))
             states.append(read_context_vectors(model, texts[-1], torch.ones_like(some))[:, length - 1 : -1])
         self.tokens, self.states = torch.cat(texts)[:, length:], torch.cat(states)
+        self._drafts, self._lookups = {}, {}  # what would be accepted: by the heads' dials, by the tokens of a branch
 
     def steps(self, speculator) -> torch.Tensor:
         """The steps that each text would have taken by the speculator's dials: (n,)."""
-        tokens = torch.nn.functional.pad(self.tokens, (0, speculator.config.n_predict), value=-100)
-        lengths = torch.full_like(tokens[:, 0], self.new_tokens)
-        accepted = accepted_drafts(beside(self.model, speculator), self.states, tokens)
+        config, lengths = speculator.config, torch.full_like(self.tokens[:, 0], self.new_tokens)
+        dials = str({dial: getattr(config, dial) for dial in DIALS if dial != "n_lookup_tokens"})
+        if dials not in self._drafts:
+            tokens = torch.nn.functional.pad(self.tokens, (0, config.n_predict), value=-100)
+            self._drafts[dials] = accepted_drafts(beside(self.model, speculator), self.states, tokens)
+        accepted = self._drafts[dials]
+        if n := lookup_tokens(config):
+            if n not in self._lookups:
+                self._lookups[n] = accepted_lookups(self.prompts, torch.ones_like(self.prompts), self.tokens, n)
+            accepted = torch.maximum(accepted, self._lookups[n])
         return (simulate_emissions(accepted, lengths) > 0).sum(-1)
 
     def nodes(self, speculator, batch_size: int) -> float:
-        """The mean size of a step's trees, roots included; rows of a batch are as wide as the widest."""
+        """The mean size of a step's trees, roots included; rows of a batch are as wide as the widest.
+
+        A lookup branch is taken to be found at every step, and to share no node with the others.
+        """
+        return self._drafted_nodes(speculator, batch_size) + lookup_tokens(speculator.config)
+
+    def _drafted_nodes(self, speculator, batch_size: int) -> float:
         config = speculator.config
         if config.n_candidates == 0 or config.n_tree_nodes is not None:
             return float(max_nodes(config))
@@ -82,11 +98,13 @@ class Texts:
 
 def off(config) -> dict:
     """Dials that turn speculation off."""
-    return {dial: getattr(config, dial) for dial in DIALS} | {"n_candidates": 0, "n_tree_nodes": None, "n_heads": None}
+    none = {"n_candidates": 0, "n_tree_nodes": None, "n_heads": None, "n_lookup_tokens": 0}
+    return {dial: getattr(config, dial) for dial in DIALS} | none
 
 
 def grid(config) -> list[dict]:
-    """Dials worth a look: none, its own; fewer heads, numbers of nodes and of candidates, wide trees and narrow."""
+    """Dials worth a look: none, its own; fewer heads, numbers of nodes and of candidates, wide trees and narrow; all
+    of these with a lookup branch, too."""
     own = {dial: getattr(config, dial) for dial in DIALS}
     dials = [off(config), own]
     for heads in range(1, config.n_predict + 1):
@@ -99,6 +117,7 @@ def grid(config) -> list[dict]:
         dials += [few | {"n_candidates": k} for k in CANDIDATES if k <= leaves]
         chains = {k: [k] + [1] * (config.n_predict - 1) for k in CANDIDATES if k <= config.vocab_size}
         dials += [few | {"n_candidates": k, "top_k_tokens_per_head": top_k} for k, top_k in chains.items()]
+    dials += [some | {"n_lookup_tokens": n} for some in dials[1:] for n in LOOKUP_TOKENS]
     return [some for at, some in enumerate(dials) if some not in dials[:at]]
 
 

@@ -41,7 +41,8 @@ def dials(row: dict) -> str:
     if row["n_candidates"] == 0:
         return "no speculation"
     tree = f"n_tree_nodes={row['n_tree_nodes']}" if row["n_tree_nodes"] else f"n_candidates={row['n_candidates']}"
-    return f"{tree} of {row['top_k_tokens_per_head'][: row['n_heads']]}"
+    lookup = f", lookup of {row['n_lookup_tokens']}" if row.get("n_lookup_tokens") else ""
+    return f"{tree} of {row['top_k_tokens_per_head'][: row['n_heads']]}{lookup}"
 
 
 def lines(record: dict) -> str:
@@ -124,7 +125,8 @@ def figure(records: list[dict], title: str) -> "Figure":
 
 
 def _over_nodes(record: dict) -> dict[int, float]:
-    rows = [row for row in record["predictions"] if row["n_tree_nodes"] and row["n_heads"] is None]
+    all_heads = [row for row in record["predictions"] if row["n_tree_nodes"] and row["n_heads"] is None]
+    rows = [row for row in all_heads if not row.get("n_lookup_tokens")]
     return {row["n_tree_nodes"]: row["speedup"] for row in rows}
 
 

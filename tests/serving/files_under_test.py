@@ -1,4 +1,4 @@
-"""The files that the tests here speak for: `python files_under_test.py FILE` fails unless FILE records a run of them."""
+"""The files that the tests here speak for: `python files_under_test.py FILE` fails unless it records a run of them."""
 
 import hashlib
 import json
