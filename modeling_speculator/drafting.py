@@ -2,7 +2,7 @@
 
 from .adaptive import AdaptiveSpeculation, choices_of
 from .candidate_tree import CandidateTree, max_nodes
-from .lookup import continuation, lookup_tokens
+from .lookup import continuation, longest_draft, lookup_tokens
 from .rows import Rows
 from .vocabularies import beside
 
@@ -24,7 +24,7 @@ class Drafting:
         self.n_candidates, self.n_predict = config.n_candidates, config.n_predict
         self.n_tree_nodes = getattr(config, "n_tree_nodes", None)  # a dial that not every drafter has
         self.n_lookup_tokens = lookup_tokens(config)
-        self.depth = max(self.n_predict, self.n_lookup_tokens)
+        self.depth = longest_draft(config)
         self.most_drafted = max_nodes(config)  # by the drafter itself, the root included
         self.max_nodes = self.most_drafted + self.n_lookup_tokens
         self.policy = AdaptiveSpeculation(choices_of(config)) if adapts and self.n_candidates > 0 else None

@@ -30,6 +30,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_co
 from .checks import main_device
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .drafters import DRAFTERS
+from .modeling_prompt_lookup import PromptLookup
 
 
 # Why a name that is no folder is no model of the Hub either: the first of these that caused the error.
@@ -132,6 +133,11 @@ def load_speculator(name: str, base_model: PreTrainedModel, revision: str | None
     if isinstance(speculator.config, MLPSpeculatorConfig):  # and no drafter of somebody's own
         speculator.config.take_special_tokens(base_model.config)
     return speculator
+
+
+def load_speculator_or_lookup(name: str, base_model: PreTrainedModel) -> PreTrainedModel | PromptLookup:
+    """`load_speculator`; by the name "lookup" prompt lookup, which has no weights."""
+    return PromptLookup() if name == "lookup" else load_speculator(name, base_model)
 
 
 def load_drafter(name: str, base_model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:

@@ -24,6 +24,11 @@ def lookup_tokens(config) -> int:
     return (getattr(config, "n_lookup_tokens", None) or 0) if config.n_candidates > 0 else 0
 
 
+def longest_draft(config) -> int:
+    """The most tokens of a draft, by a drafter's heads or by its lookup branch."""
+    return max(config.n_predict, lookup_tokens(config))
+
+
 def continuation(
     text: torch.Tensor, readable: torch.Tensor, lengths: torch.Tensor, n_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

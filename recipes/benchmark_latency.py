@@ -4,8 +4,9 @@ python recipes/benchmark_latency.py --base_model outputs/quickstart/base_model \
     --speculator outputs/quickstart/speculator --prompts outputs/quickstart/corpus/held_out.jsonl \\
     --methods generate prompt_lookup speculator --n_candidates 0 1 2 5 8 --batch_size 1 4 --output outputs/latency
 
-Methods: generate, prompt_lookup, draft_model, early_exit, mtp, dflash, speculator, and other drafters by their names;
-`static:` or `compiled:` before generate or a speculator gives it a static cache. What can't run, or fails, has its
+Methods: generate, prompt_lookup, draft_model, early_exit, mtp, dflash of transformers; speculator, and other drafters
+by their names; lookup, which is prompt lookup by this loop, and speculator+lookup, both in one tree. `static:` or
+`compiled:` before generate or any of this loop gives it a static cache. What can't run, or fails, has its
 reason in its row. Killed and run again, it goes on where it was.
 """
 

@@ -5,6 +5,8 @@ python recipes/evaluate_acceptance.py --base_model outputs/quickstart/base_model
 python recipes/evaluate_acceptance.py --base_model meta-llama/Llama-2-13b-chat-hf \\
     --speculator ibm-ai-platform/llama-13b-accelerator --prompts question.jsonl --chat --temperature 1 --output DIR
 
+With `--speculator lookup` prompt lookup is measured, which needs none.
+
 Prompts: text (one a line), jsonl with `prompt`, Spec-Bench's, HumanEval's or GSM8K's files, or a dataset of the Hub.
 Killed and run again, it goes on where it was.
 """
@@ -24,7 +26,9 @@ from modeling_speculator.command_line import (
     temperature,
 )
 from modeling_speculator.configuration_mlp_speculator import DIALS
-from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.drafters import dials_of
+from modeling_speculator.loading import load_base_model, load_speculator_or_lookup
+from modeling_speculator.lookup import longest_draft
 from modeling_speculator.measuring import acceptance_report, plots
 from modeling_speculator.measuring.acceptance import measure_prompts, summarize_categories
 from modeling_speculator.measuring.benchmarking import digest, machine, versions
@@ -37,7 +41,7 @@ def main() -> None:
     args = parse_args()
     read = read_prompts(args.prompts, None if args.prompt_length else args.limit)
     model, tokenizer = load_base_model(args.base_model, args.dtype, args.device_map)
-    speculator = load_speculator(args.speculator, model)
+    speculator = load_speculator_or_lookup(args.speculator, model)
     dials = {dial: getattr(args, dial) for dial in DIALS if getattr(args, dial) is not None}
     if "n_candidates" in dials:  # which counts where `n_tree_nodes` is not set
         dials.setdefault("n_tree_nodes", None)
@@ -47,19 +51,19 @@ def main() -> None:
     prompts = fitting_prompts(read, tokenizer, model, args.max_new_tokens, args.chat, args.leave_out_long)
     names = ("base_model", "speculator", "prompts", "max_new_tokens", "batch_size", "seed", "chat")
     settings = {name: getattr(args, name) for name in names} | {"dtype": str(model.dtype)}
-    settings |= {dial: getattr(speculator.config, dial) for dial in DIALS}
+    settings |= dials_of(speculator)
     settings |= {"weights": [digest(model), digest(speculator)], "texts": digest_of(prompts)}
 
     modes = {"greedy": {"do_sample": False}}
     if args.temperature:
         warpers = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         modes["sampled"] = {"do_sample": True} | warpers
-    report, n_predict = {}, speculator.config.n_predict
+    report = {}
     for mode, options in modes.items():
         file = RecordFile(args.output / f"{mode}.jsonl", settings | options)
         options |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
         measure_prompts(model, speculator, tokenizer, prompts, file, chat=args.chat, seed=args.seed, **options)
-        report[mode] = summarize_categories(file.records, n_predict)
+        report[mode] = summarize_categories(file.records, longest_draft(speculator.config))
         report[mode]["prompts_left_out"] = len(read) - len(prompts)
         report[mode]["sampling"] = warpers if mode == "sampled" else None
     # At the top what is greedy, and beside it what is sampled.
@@ -76,7 +80,8 @@ def main() -> None:
         drawings["acceptance_by_length.png"] = drawing
     drawn = plots.write(args.output, drawings)
     print(f"\n{page}")
-    flags = {"base_model": args.base_model, "speculator": args.speculator, "prompts": args.prompts}
+    drafter = {"methods": ["lookup"]} if args.speculator == "lookup" else {"speculator": args.speculator}
+    flags = {"base_model": args.base_model, "prompts": args.prompts} | drafter
     then = command_of("benchmark_latency.py", **flags, output=args.output.with_name("latency"))
     written = [args.output / name for name in ("acceptance.json", "acceptance.md", *drawn)]
     say_end(*written, then={"how fast that is": then})

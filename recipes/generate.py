@@ -8,6 +8,7 @@ python recipes/generate.py --base_model X --speculator Y --prompt "def quicksort
 --compare generates plainly, too, and says whether the text is the same, and how much faster it came.
 --html trace.html draws the text by its steps: accepted and rejected drafts, and what the base model thinks of each.
 After the text, in brackets: what the speculator achieved, of all prompts of a batch together.
+--speculator lookup needs no speculator: the text's own repetitions are drafted.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from transformers import DynamicCache
 
 from modeling_speculator import SpeculationStatistics
 from modeling_speculator.command_line import count, output_file, parser_of, positive, run, say_end, temperature
-from modeling_speculator.loading import load_base_model, load_speculator
+from modeling_speculator.loading import load_base_model, load_speculator_or_lookup
 from modeling_speculator.measuring.benchmarking import machine, machine_name
 from modeling_speculator.measuring.prompts import read_prompts
 from modeling_speculator.measuring.streamer import StepStreamer
@@ -44,7 +45,7 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # it is masked: any will do
     if args.chat and tokenizer.chat_template is None:
         raise ValueError(f"{args.base_model} has no chat template. Use --prompt.")
-    speculator = load_speculator(args.speculator, model)
+    speculator = load_speculator_or_lookup(args.speculator, model)
     speculator.config.update({dial: value for dial in DIALS if (value := getattr(args, dial)) is not None})
     if args.chat:
         return chat(args, model, tokenizer, speculator)
@@ -63,7 +64,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--base_model", required=True, metavar="FOLDER_OR_ID", help="the model that writes")
-    parser.add_argument("--speculator", required=True, metavar="FOLDER_OR_ID", help="a speculator for it")
+    parser.add_argument("--speculator", required=True, metavar="FOLDER_OR_ID", help="a speculator for it, or lookup")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="to continue")
     what.add_argument(

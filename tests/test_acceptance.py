@@ -276,6 +276,20 @@ def run(saved, output, *flags):
     return commands.run(RECIPE, *models, "--output", output, "--max_new_tokens", 12, *flags)
 
 
+@pytest.mark.parametrize("drafter", [["--speculator", "lookup"], ["--n_lookup_tokens", 8]], ids=str)
+def test_the_command_with_lookup(saved, tmp_path, drafter):
+    """Alone, where there are no heads whose accuracy could be shown, and in a speculator's tree."""
+    (tmp_path / "p.txt").write_text("abcabcabc\nzyxzyxzyxzyx\n")
+    flags = ("--prompts", tmp_path / "p.txt", "--max_new_tokens", 60, "--output", tmp_path / "out", *drafter)
+    done = run(saved, tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out/acceptance.json").read_text())
+    assert report["settings"]["n_lookup_tokens"] == len(report["accepted_per_position"]) == 8
+    assert report["partings"] == [] and report["tokens_per_step"] > 1.05
+    assert len(report["teacher_forced_accuracy"]) == (0 if drafter[0] == "--speculator" else 3)
+    assert (tmp_path / "out/acceptance.png").is_file()
+
+
 def test_the_command(saved, tmp_path):
     rows = [{"prompt": text, "category": category} for text, category in (("abc", "one"), ("d", "two"), ("ef", "one"))]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

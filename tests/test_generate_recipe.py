@@ -93,6 +93,8 @@ def test_streamed_and_colored_text_is_the_same(run):
     assert {"\033[36m", "\033[33m"} <= set(re.findall(r"\033\[3\dm", colored))
     assert words(run("--prompt", "w3 w4 w5", "--color", "--n_candidates", 0)) == words(plain)
     assert words(run("--prompt", "w3 w4 w5", "--n_tree_nodes", 9)) == words(plain)
+    assert words(run("--prompt", "w3 w4 w5", "--n_lookup_tokens", 4)) == words(plain)
+    assert words(run("--prompt", "w3 w4 w5", "--speculator", "lookup")) == words(plain)
     assert len(words(run("--prompt", "w3 w4 w5", "--temperature", 0.8))) == 12
 
 

@@ -43,6 +43,7 @@ def batches(rows=2, length=7, size=1):
 
 ALL = ["generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash", "speculator", "medusa"]
 ALL += ["unconditioned", "static:generate", "static:speculator", "static:medusa"]
+ALL += ["lookup", "static:lookup", "speculator+lookup"]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -198,7 +199,7 @@ def test_the_time_is_that_of_a_bare_loop(llama, drafters, monkeypatch):
 
 
 def test_unknown_methods(llama, drafters):
-    for name in ("medussa", "eager:generate"):
+    for name in ("medussa", "eager:generate", "generate+lookup", "speculator+medusa", "prompt_lookup+lookup"):
         with pytest.raises(ValueError, match="There is no method.*generate, prompt_lookup, .*medusa, unconditioned"):
             expand_methods(["generate", name], llama, drafters)
 

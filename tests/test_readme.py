@@ -35,7 +35,7 @@ def test_the_code_on_generation(tmp_path, capsys):
     MLPSpeculatorPreTrainedModel(config).save_pretrained(speculator)
 
     blocks = re.findall(r"```python\n(.*?)```", IN_ORDER, re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names = r'"meta-llama/[^"]*", "ibm-ai-platform/[^"]*"'
     assert re.search(names, blocks[0])
     variables = {}

@@ -156,8 +156,10 @@ def head_accuracy(
         where there is one: (batch, n_predict) each.
     """
     config, (batch, n) = speculator.config, hidden_states.shape[:2]
-    width = max(1, chunk_elements // (config.n_predict * batch * config.vocab_size))
     totals = torch.zeros(3, config.n_predict, batch, dtype=torch.long, device=tokens.device)
+    if config.n_predict == 0:  # prompt lookup
+        return tuple(totals.transpose(1, 2))
+    width = max(1, chunk_elements // (config.n_predict * batch * config.vocab_size))
     for at in range(0, n, width):
         end = min(at + width, n)
         read = tokens[:, at : end + config.n_predict - 1].clamp(0, config.vocab_size - 1)

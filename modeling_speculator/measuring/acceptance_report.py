@@ -77,15 +77,15 @@ def figure(report: dict, title: str) -> "Figure | None":
         "accepted_per_position": ("drafted token", "share of steps that emit it"),
         "teacher_forced_accuracy": ("head, fed the true tokens", "share of positions where it is right"),
     }
-    heads = range(1, len(report["accepted_per_position"]) + 1)
-    if len(heads) == 1 or not report["steps"]:
+    if len(report["accepted_per_position"]) == 1 or not report["steps"]:
         return None
-    figure, panels = plots.panels(title, 2, sharey=True)
+    sides = {key: labels for key, labels in sides.items() if report[key]}  # prompt lookup has no heads
+    figure, panels = plots.panels(title, len(sides), sharey=True)
     for axes, (key, (x, y)) in zip(panels, sides.items(), strict=True):
         for at, (mode, row) in enumerate(modes_of(report).items()):
             label = f"{mode}: {number(row['tokens_per_step'])} tokens per step"
-            plots.line(axes, zip(heads, row[key], strict=True), at, label)
-        plots.whole_numbers(axes, heads)
+            plots.line(axes, enumerate(row[key], start=1), at, label)
+        plots.whole_numbers(axes, range(1, len(report[key]) + 1))
         axes.set(xlabel=x, ylabel=y, ylim=(0, 1.03))
         axes.yaxis.set_tick_params(labelleft=True)
     plots.legend(figure)

@@ -156,7 +156,9 @@ def digest(model: PreTrainedModel) -> str:
     It ends in "-partly" where some weights are elsewhere (offloaded): such a one equals only its like.
     """
     found, is_whole = hashlib.sha256(), True
-    for name, weight in model.named_parameters():
+    for name, weight in (
+        model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    ):  # prompt lookup has none
         first = weight.detach().flatten()[:16].float().tolist() if weight.device.type != "meta" else []
         is_whole &= bool(first)
         found.update(json.dumps([name, list(weight.shape), str(weight.dtype), first]).encode())

@@ -45,7 +45,7 @@ def accepted_drafts(
     """
     config = speculator.config
     n = tokens.shape[1] - config.n_predict
-    if config.n_candidates == 0:  # no speculation
+    if config.n_candidates == 0 or config.n_predict == 0:  # no speculation, or no heads
         return torch.zeros_like(tokens[:, :n])
     chunk_size = max(1, chunk_elements // (config.vocab_size * math.prod(config.top_k_tokens_per_head[:-1])))
     roots = tokens[:, :n].clamp(0, config.vocab_size - 1).reshape(-1, 1)  # the base model may have more

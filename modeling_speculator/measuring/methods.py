@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from ..drafters import dials_of, is_drafter
+from ..modeling_prompt_lookup import PromptLookup
 from ..transformers_api import compile_on_any_device
 
 
 # Those of transformers; speculators and draft models go by the names that they are given.
 METHODS = ("generate", "prompt_lookup", "draft_model", "early_exit", "mtp", "dflash")
+LOOKUP = "lookup"  # by our loop; with `+` after a speculator's name, in its tree
 FORMS = ("static", "compiled")  # a prefix: "compiled:generate"
 LOOKUP_TOKENS = 10  # as in transformers' documentation
 
@@ -49,14 +51,19 @@ def expand_methods(
     Raises:
         ValueError: for an unknown name; the known ones are listed.
     """
-    methods = []
+    methods, drafters = [], drafters | {LOOKUP: PromptLookup(LOOKUP_TOKENS)}
     for name in names:
         form, _, what = name.rpartition(":")
-        if what not in (*METHODS, *drafters) or form not in ("", *FORMS):
+        what, plus, branch = what.partition("+")
+        if (
+            what not in (*METHODS, *drafters)
+            or form not in ("", *FORMS)
+            or (plus and (branch != LOOKUP or not is_drafter(drafters.get(what))))
+        ):
             known = [*METHODS, *(drafter for drafter in drafters if drafter not in METHODS)]
             raise ValueError(
                 f"There is no method {name!r}, only {', '.join(known)}; generate and speculators also with a static "
-                f"cache, {' or '.join(f'{form}:generate' for form in FORMS)}."
+                f"cache, {' or '.join(f'{form}:generate' for form in FORMS)}; speculators also as speculator+{LOOKUP}."
             )
         options = _form_options(form)
         if what == "generate":
@@ -64,8 +71,10 @@ def expand_methods(
         elif is_drafter(drafters.get(what)):
             drafter = drafters[what]
             options["assistant_model"] = drafter
-            every = [dials_of(drafter)] if n_candidates is None else [_dials(drafter, k) for k in n_candidates]
-            methods += [Method(name, options, drafter, dials) for dials in every]
+            its_own = n_candidates is None or what == LOOKUP
+            every = [dials_of(drafter)] if its_own else [_dials(drafter, k) for k in n_candidates]
+            more = {"n_lookup_tokens": LOOKUP_TOKENS} if branch else {}
+            methods += [Method(name, options, drafter, dials | more) for dials in every]
         else:
             reason = _why_not(what, form, model, drafters, batch_size)
             methods.append(Method(name, options | _options(what, model, drafters), is_stock=True, reason=reason))
