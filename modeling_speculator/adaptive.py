@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
+
+from .lookup import lookup_tokens
 
 
 # Steps of a trial, the first and the last of which are not counted.
@@ -15,33 +18,43 @@ _OUTLIER = 10
 _DECAY = 0.95
 
 
-def choices_of(config) -> list[int]:
-    """What there is to pick from: nothing, a single candidate, and what the dials say."""
+class Choice(NamedTuple):
+    """How much is drafted: candidates, and the tokens of a lookup branch beside them; without candidates, nothing."""
+
+    n_candidates: int
+    n_lookup_tokens: int = 0
+
+
+def choices_of(config) -> list[Choice]:
+    """What there is to pick from: nothing, a single candidate, and what the dials say, the last two with and without
+    the lookup branch."""
     few = [1] if getattr(config, "n_tree_nodes", None) is None else []  # a tree of best nodes has one size
-    return sorted({0, *few, config.n_candidates})
+    branches = {lookup_tokens(config), 0 if config.n_predict else lookup_tokens(config)}
+    drafts = [Choice(n, branch) for n in (*few, config.n_candidates) if n for branch in branches]
+    return sorted({Choice(0), *drafts})
 
 
 class AdaptiveSpeculation:
-    """Picks the number of candidates with the most tokens per second and row.
+    """Picks the choice with the most tokens per second and row.
 
-    First each choice is tried; then the best is taken, and now and then another one is tried again. The text does not
-    depend on what is picked, since neither greedy tokens nor the noise of sampled ones do.
+    First each is tried; then the best is taken, and now and then another one is tried again. The text does not depend
+    on what is picked, since neither greedy tokens nor the noise of sampled ones do.
 
     Args:
-        choices: numbers of candidates; 0 is plain decoding.
+        choices: the least ambitious first.
         clock: seconds.
     """
 
-    def __init__(self, choices: list[int], clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, choices: list[Choice], clock: Callable[[], float] = time.perf_counter):
         self.clock, self.last, self.longest = clock, None, None
         self.tokens, self.seconds = dict.fromkeys(choices, 0.0), dict.fromkeys(choices, 0.0)
-        self.untried = sorted(choices, reverse=True)  # the most ambitious first
+        self.untried = list(reversed(choices))  # the most ambitious first
         self.least_recent = list(self.untried)  # the choices in the order of their last trial
         self.current, self.steps_left, self.on_trial = None, 0, True
         self.best, self.period = None, _FIRST_PERIOD
 
-    def choose(self) -> int:
-        """How many candidates the next step shall have."""
+    def choose(self) -> Choice:
+        """How much to draft for the next step."""
         if self.steps_left == 0:
             best = max(self.seconds, key=self.rate)
             if self.untried:
@@ -55,16 +68,16 @@ class AdaptiveSpeculation:
         self.steps_left -= 1
         return self.current
 
-    def try_out(self, choice: int) -> None:
+    def try_out(self, choice: Choice) -> None:
         self.current, self.steps_left, self.on_trial = choice, _TRIAL, True
         self.least_recent.remove(choice)
         self.least_recent.append(choice)
 
-    def rate(self, choice: int) -> float:
+    def rate(self, choice: Choice) -> float:
         """Tokens per second and row."""
         return self.tokens[choice] / max(self.seconds[choice], 1e-9)
 
-    def record(self, choice: int, tokens_per_row: float) -> None:
+    def record(self, choice: Choice, tokens_per_row: float) -> None:
         """Counts a step that has just ended, if it was like its neighbours.
 
         Not one with another choice before or after it: the draft of one of the two is in its time. Nor one that took

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import torch
 
+from .adaptive import Choice
 from .attention import tree_attention, uses_sdpa
 from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
@@ -83,12 +84,12 @@ class SpeculativeDecoder:
         tree = self.draft(self.longest_possible())
         self.read(self.report(tree))
         while self.goes_on():
-            n_candidates, n_nodes = self.drafting.n_candidates, self.progress.n_nodes
+            choice, n_nodes = self.drafting.choice, self.progress.n_nodes
             self.step(tree.trim(max(n_nodes)), self.slots_in_use())
             self.drafting.choose()
             tree = self.draft(self.longest_possible())
             self.read(self.report(tree))
-            self.record(n_candidates, n_nodes)
+            self.record(choice, n_nodes)
 
     def retire(self) -> None:
         """Ends the use of the decoder's memory, once the output has been built from it."""
@@ -97,7 +98,7 @@ class SpeculativeDecoder:
 
     def draft(self, columns: int) -> CandidateTree:
         """One tree per row, after its last token; no row is longer than some columns."""
-        if self.drafting.n_candidates == 0:
+        if self.drafting.choice.n_candidates == 0:
             return self.bare_root
         return self.drafting.tree(self.rows, columns)
 
@@ -145,9 +146,9 @@ class SpeculativeDecoder:
         """The one time in a step that the host waits for the device."""
         self.progress.read(report, self.emission.drawable is not None)
 
-    def record(self, n_candidates: int, n_nodes: list[int]) -> None:
+    def record(self, choice: Choice, n_nodes: list[int]) -> None:
         """Notes a step that has been read, and what was drafted for it."""
-        self.drafting.record(n_candidates, self.progress.record(n_candidates, n_nodes))
+        self.drafting.record(choice, self.progress.record(choice.n_candidates, n_nodes))
 
     def goes_on(self) -> bool:
         """Whether to make another step. Where models are sharded, other processes may need our forwards."""

@@ -112,7 +112,7 @@ class StaticDecoder(SpeculativeDecoder):
                     self.accept(tree, root_column, outputs)
                     outcome = self.report(tree)
                 self.read(outcome)
-                self.record(self.drafting.n_candidates, self.progress.n_nodes)
+                self.record(self.drafting.choice, self.progress.n_nodes)
 
     def choose_compile_config(self) -> CompileConfig | None:
         """How to compile, None for not at all. As without a speculator: on CUDA, or where it is asked for.

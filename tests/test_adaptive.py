@@ -5,7 +5,8 @@ import torch
 from drafters import Oracle
 from transformers import GenerationConfig
 
-from modeling_speculator.adaptive import AdaptiveSpeculation
+from modeling_speculator import MLPSpeculatorConfig, PromptLookup
+from modeling_speculator.adaptive import AdaptiveSpeculation, choices_of
 
 
 def picks(tokens, seconds, steps=400):
@@ -63,6 +64,14 @@ def test_text_does_not_depend_on_it(llama, options):
     assert set(out.speculation.candidates_per_step) == {0, 1, 5}
     assert len(out.speculation.candidates_per_step) == out.speculation.steps
     assert set(generate(Oracle(llama, expected)).speculation.candidates_per_step) == {5}
+
+
+def test_choices():
+    """Nothing, a candidate, what the dials say; these with and without a lookup branch."""
+    assert choices_of(MLPSpeculatorConfig()) == [(0, 0), (1, 0), (5, 0)]
+    assert choices_of(MLPSpeculatorConfig(n_lookup_tokens=8)) == [(0, 0), (1, 0), (1, 8), (5, 0), (5, 8)]
+    assert choices_of(MLPSpeculatorConfig(n_tree_nodes=9, n_lookup_tokens=8)) == [(0, 0), (5, 0), (5, 8)]
+    assert choices_of(PromptLookup(4).config) == [(0, 0), (1, 4)]
 
 
 def test_another_word(llama):
