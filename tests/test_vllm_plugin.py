@@ -188,7 +188,7 @@ def test_a_vllm_that_lacks_what_is_needed(network, tmp_path, monkeypatch, caplog
     modeling_speculator_vllm.register()
     (line,) = caplog.messages
     assert line.startswith("MLP speculators can't be served: this vLLM lacks ") and lacks in line
-    assert line.endswith("vLLM 0.32 is known to work.")
+    assert line.endswith("vLLM 0.32 and 0.33 are known to work.")
     assert AutoConfig.for_model("mlp_speculator").model_type == "mlp_speculator"
 
 

@@ -18,7 +18,8 @@ def refusal() -> str | None:
     from .contract import missing
 
     if lacks := missing():
-        return f"MLP speculators can't be served: this vLLM lacks {', '.join(lacks)}. vLLM 0.32 is known to work."
+        lacks = ", ".join(lacks)
+        return f"MLP speculators can't be served: this vLLM lacks {lacks}. vLLM 0.32 and 0.33 are known to work."
     return None
 
 

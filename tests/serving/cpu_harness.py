@@ -30,7 +30,10 @@ def install() -> None:
     claim_triton()
     from vllm.v1.sample.ops import topk_topp_sampler as sampler
 
-    sampler.apply_top_k_top_p_triton = sampler.apply_top_k_top_p_pytorch  # which the interpreter can't run
+    def apply_top_k_top_p(logits, k, p, **hints):
+        return sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    sampler.apply_top_k_top_p_triton = apply_top_k_top_p  # the interpreter can't run its kernel
 
 
 def claim_triton() -> None:
