@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 # One for each torch: another one is then installed over it.
 STAMP := installed$(shell echo "$(TORCH)" | tr -c '[:alnum:].\n' _)
 
-.PHONY: install quickstart test test-all test-oldest test-some test-vllm lint bench bench-training bench-gpu head-to-head-gpu clean
+.PHONY: install quickstart test test-all test-oldest test-some test-vllm lint bench bench-training bench-gpu \
+	bench-gpu-tests bench-gpu-step bench-gpu-training head-to-head-gpu clean
 
 install: $(VENV)/$(STAMP)
 
@@ -81,9 +82,22 @@ bench-training: install
 	$(BIN)/python recipes/benchmark_training.py $(BENCH)
 	$(BIN)/python recipes/benchmark_loss.py
 
-# Models of 7 B to 20 B parameters with random weights: a GPU of 80 GB or more, an hour; BENCH="--targets llama2-7b".
-bench-gpu: install
-	$(BIN)/python recipes/benchmark_gpu.py --output recipes/results/gpu.json $(BENCH)
+# On a GPU of 80 GB or more, models with random weights. The first three take two to six minutes each, and print and
+# write what they measure as they go; the last takes an hour. TARGET is one of benchmark_gpu.py's.
+TARGET ?= llama2-7b
+bench-gpu-tests: install
+	$(BIN)/python -m pytest tests/test_cuda.py -n 8
+
+bench-gpu-step: install
+	$(BIN)/python recipes/benchmark_gpu.py --targets $(TARGET) --batch_sizes 1 --contexts 512 \
+		--output recipes/results/gpu_$(TARGET).json $(BENCH)
+
+bench-gpu-training: install
+	$(BIN)/python recipes/benchmark_training.py --target $(TARGET) --device cuda --new_tokens 256 --rounds 1 --steps 4 \
+		--output recipes/results/training_gpu_$(TARGET).json
+
+bench-gpu: bench-gpu-tests
+	$(BIN)/python recipes/benchmark_gpu.py --output recipes/results/gpu_all.json $(BENCH)
 	$(BIN)/python recipes/benchmark_training.py --target llama2-7b --device cuda --new_tokens 256 \
 		--output recipes/results/training_gpu.json
 	$(BIN)/python recipes/benchmark_loss.py --device cuda --positions 8192 32768 --inner_dim 3072 \

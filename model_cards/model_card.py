@@ -109,13 +109,16 @@ def acceptance_section(acceptance: dict) -> dict:
         cells.append(", ".join(map(_number, row["accepted_per_position"] or [])))
         lines.append("| " + " | ".join(cells) + " |")
     dial = "n_tree_nodes" if settings["n_tree_nodes"] else "n_candidates"
+    dials = f"`{dial}={settings[dial]}` of `top_k_tokens_per_head={settings['top_k_tokens_per_head']}`"
+    if n_lookup_tokens := settings.get("n_lookup_tokens"):
+        dials += f" and a lookup branch, `n_lookup_tokens={n_lookup_tokens}`"
     sampling = acceptance.get("sampled", {}).get("sampling") or {}
     return {
         "table": "\n".join(lines),
         "all_loop": [mode for mode, category, row in rows_of(acceptance) if category is None and _all_loop(row)],
         "prompts": Path(settings["prompts"]).name,
         "max_new_tokens": settings["max_new_tokens"],
-        "dials": f"`{dial}={settings[dial]}` of `top_k_tokens_per_head={settings['top_k_tokens_per_head']}`",
+        "dials": dials,
         "is_chat": settings["chat"],
         "sampling": {name: value for name, value in sampling.items() if value != _NEUTRAL.get(name)},
         "base_model": settings["base_model"],

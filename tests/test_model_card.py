@@ -95,6 +95,12 @@ def test_what_was_not_measured_says_so(config):
     assert "license" not in data
 
 
+def test_a_lookup_branch_is_named(config):
+    settings = ACCEPTANCE["settings"] | {"n_lookup_tokens": 8}
+    card = render_card("org/name", config, 1, acceptance=ACCEPTANCE | {"settings": settings})
+    assert "`top_k_tokens_per_head=[5, 3]` and a lookup branch, `n_lookup_tokens=8`." in card
+
+
 def test_a_training_in_parts_says_what_changed(config):
     begun = {"steps": [1, 12], "seconds": 1800.0, "processes": 8, "git_revision": "deadbeef", "versions": VERSIONS}
     begun |= {"arguments": {"max_steps": 12, "logging_steps": 5}, "machine": {"gpu": "a GPU", "gpus": 8} | MACHINE}
