@@ -44,7 +44,7 @@ def traced_steps(model, drafter, **options) -> list[torch.fx.Graph]:
 
 
 SAMPLING = {"do_sample": True, "top_p": 0.9, "temperature": 0.8}
-DIALS = [{}, {"n_candidates": 0}, {"n_tree_nodes": 7}]
+DIALS = [{}, {"n_candidates": 0}, {"n_tree_nodes": 7, "n_lookup_tokens": 6}]
 
 
 @pytest.mark.parametrize("dials", DIALS)
