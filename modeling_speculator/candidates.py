@@ -17,6 +17,11 @@ class CandidateSelection:
     config: MLPSpeculatorConfig
     speculator: Cell
 
+    def beside(self, base_model) -> "CandidateSelection":
+        """What drafts for a base model: itself, or its heads bound to that one where they use layers of it."""
+        cell = self.speculator.bound(base_model)
+        return self if cell is self.speculator else BoundSelection(self.config, cell)
+
     @torch.no_grad()
     def generate_candidates(
         self,
@@ -108,3 +113,10 @@ class CandidateSelection:
         number = torch.zeros_like(parents[:, :1]).repeat(1, parents.shape[1] + 1)  # of every node, 0 is the root
         number.scatter_(1, chosen + 1, torch.arange(1, n_nodes + 1, device=chosen.device).expand_as(chosen))
         return tokens.gather(1, chosen), number.gather(1, parents.gather(1, chosen)), depths.gather(1, chosen)
+
+
+class BoundSelection(CandidateSelection):
+    """Heads that draft for one base model."""
+
+    def __init__(self, config: MLPSpeculatorConfig, speculator: Cell):
+        self.config, self.speculator = config, speculator

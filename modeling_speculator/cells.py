@@ -60,6 +60,13 @@ class Cell(nn.Module):
     def start_from(self, base_model: PreTrainedModel) -> None:
         """Takes over weights of the base model that a new speculator starts from; by default none."""
 
+    def bound(self, base_model: PreTrainedModel) -> "Cell":
+        """The cell as it drafts and is trained beside a base model: itself, unless it uses layers of that one."""
+        return self
+
+    def check_base_model(self, base_model: PreTrainedModel) -> None:
+        """Raises a ValueError where the cell uses layers of the base model, and was trained beside another one."""
+
     @staticmethod
     def tied_weights(n_predict: int) -> dict[str, str]:
         """{weight: weight it is tied to} where the config ties weights."""
@@ -100,10 +107,14 @@ class Cell(nn.Module):
         """What an LM head reads of a state that `advance` returned: (..., inner_dim)."""
         return state[..., : self.inner_dim]
 
+    def lm_head(self, head: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes logits (..., vocab) of a head's features; its `out_features` says how many."""
+        return self.head[head]
+
     def step(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`advance`, and the logits (..., vocab) of the token after `input_ids`."""
         state = self.advance(head, state, input_ids)
-        return state, self.head[head](self.features(state))
+        return state, self.lm_head(head)(self.features(state))
 
     def best_children(
         self, head: int, state: torch.Tensor, input_ids: torch.Tensor, k: int, vocab_size: int | None = None

@@ -11,6 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from .attention import uses_sdpa
+from .candidates import CandidateSelection
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .families import (
     EMBEDDED_TOKEN_TYPES,
@@ -80,6 +81,8 @@ def check_models(model, speculator) -> None:
         speculator.config.check_dials(*dials, vocab_size=min(config.vocab_size, speculator.config.vocab_size))
     else:
         check_n_lookup_tokens(getattr(speculator.config, "n_lookup_tokens", None) or 0)
+    if isinstance(speculator, CandidateSelection):
+        speculator.speculator.check_base_model(model)
     if not uses_sdpa(model) and attn_implementation(config) != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={attn_implementation(config)!r}`, which takes no mask of a "

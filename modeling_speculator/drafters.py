@@ -14,12 +14,14 @@ from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_prompt_lookup import PromptLookupConfig
+from .modeling_residual import ResidualConfig, ResidualSpeculator
 from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
 
 
 DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     MLPSpeculatorConfig: MLPSpeculatorPreTrainedModel,
     MedusaConfig: MedusaModel,
+    ResidualConfig: ResidualSpeculator,
     UnconditionedConfig: UnconditionedSpeculator,
 }
 

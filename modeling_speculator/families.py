@@ -56,6 +56,13 @@ def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:
     return {None: config.sliding_window if config.model_type in ONE_WINDOWED_MASK else None}
 
 
+def changes_logits(base_model: PreTrainedModel) -> bool:
+    """Whether a family does something to what its LM head returns, which `output_logits` then does, too."""
+    config = base_model.config.get_text_config(decoder=True)
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    return any(getattr(config, name, None) is not None for name in names)
+
+
 def output_logits(
     base_model: PreTrainedModel, hidden_states: torch.Tensor, vocab_size: int | None = None
 ) -> torch.Tensor:
@@ -67,8 +74,12 @@ def output_logits(
         vocab_size: of a speculator, for logits of its tokens: of those that the base model has beyond there are none,
             those that it lacks are impossible. By default the base model's.
     """
+    return family_logits(base_model, base_model.get_output_embeddings()(hidden_states), vocab_size)
+
+
+def family_logits(base_model: PreTrainedModel, logits: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
+    """`output_logits`, from what the LM head has returned."""
     config = base_model.config.get_text_config(decoder=True)
-    logits = base_model.get_output_embeddings()(hidden_states)
     if hasattr(config, "logits_scaling"):  # Granite
         logits = logits / config.logits_scaling
     if hasattr(config, "logit_scale"):  # Cohere

@@ -101,6 +101,7 @@ class MLPSpeculatorPreTrainedModel(CandidateSelection, WholeCheckpoints, PreTrai
         input_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
         objective: Callable | None = None,
+        base_model: PreTrainedModel | None = None,
     ) -> MLPSpeculatorOutput:
         """All heads at all positions at once, each head fed the true tokens: the training forward.
 
@@ -111,9 +112,10 @@ class MLPSpeculatorPreTrainedModel(CandidateSelection, WholeCheckpoints, PreTrai
                 -100 is ignored.
             objective: what a trainer computes in place of the logits of all heads, which may not fit into memory:
                 called with this model's `speculator` and the three tensors, its result is returned.
+            base_model: needed by heads that use its embeddings and LM head.
 
         Raises:
-            ValueError: if the lengths don't fit together.
+            ValueError: if the lengths don't fit together, or a base model is needed.
         """
         n_predict, n = self.config.n_predict, hidden_states.shape[1]
         needed = n + n_predict - 1
@@ -123,11 +125,12 @@ class MLPSpeculatorPreTrainedModel(CandidateSelection, WholeCheckpoints, PreTrai
                 f"n + n_predict - 1 = {needed} tokens; got {input_ids.shape[1]}"
                 + (f" and {labels.shape[1]}." if labels is not None else ".")
             )
+        speculator = self.speculator if base_model is None else self.speculator.bound(base_model)
         if objective is not None:
-            return objective(self.speculator, hidden_states, input_ids, labels)
-        state, logits = self.speculator.first_state(hidden_states), []
+            return objective(speculator, hidden_states, input_ids, labels)
+        state, logits = speculator.first_state(hidden_states), []
         for head in range(n_predict):
-            state, head_logits = self.speculator.step(head, state, input_ids[:, head : head + n])
+            state, head_logits = speculator.step(head, state, input_ids[:, head : head + n])
             logits.append(head_logits)
         output = MLPSpeculatorOutput(logits=torch.stack(logits))
         if labels is not None:

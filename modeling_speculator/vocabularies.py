@@ -43,7 +43,9 @@ class SpeculatorOfCommonIds:
 
 
 def beside(model, speculator):
-    """What drafts for a base model: the speculator itself where both have the same ids."""
+    """What drafts for a base model: the speculator itself where both have the same ids, bound to it if it must be."""
+    if isinstance(speculator, CandidateSelection):
+        speculator = speculator.beside(model)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     same = speculator.config.vocab_size in (None, vocab_size)  # None: it drafts what the text holds
     return speculator if same else SpeculatorOfCommonIds(speculator, vocab_size)

@@ -69,7 +69,8 @@ def main() -> None:
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
     args.precision = keep_precision(args.output_dir, args.precision)
     print(f"Each training's output is in the log.txt beside it, below {args.output_dir}.", flush=True)
-    texts = held_out_texts(args)
+    base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
+    texts = held_out_texts(args, base_model, tokenizer)
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
     train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
@@ -77,7 +78,7 @@ def main() -> None:
         trained = {run: pool.submit(train, args, *run) for run in runs}
         try:
             rows = [
-                {"variant": run[0], "seed": run[1]} | measure(trained[run].result(), texts)
+                {"variant": run[0], "seed": run[1]} | measure(trained[run].result(), base_model, texts)
                 for run in tqdm(runs, desc="speculators", unit="speculator")
             ]
         finally:  # where one fails, or is interrupted, those that wait are not begun
@@ -149,9 +150,8 @@ def run(stage: int, flags: dict) -> None:
         )
 
 
-def held_out_texts(args) -> dict[str, Continuations]:
+def held_out_texts(args, base_model, tokenizer) -> dict[str, Continuations]:
     """What the base model writes after held-out prompts, greedily where that does not loop, and sampled."""
-    base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
     texts = load_texts(DataArguments(data_files=[str(args.corpus / "held_out.jsonl")]))
     rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
     prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
@@ -163,13 +163,13 @@ def held_out_texts(args) -> dict[str, Continuations]:
     return {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
 
 
-def measure(folder: Path, texts: dict[str, Continuations]) -> dict:
+def measure(folder: Path, base_model, texts: dict[str, Continuations]) -> dict:
     """Tokens per step of a trained speculator, its size, and the losses of its trainings: {stage: [[step, loss]]}."""
     stages = sorted(folder.glob("stage*"))
     speculator = AutoModel.from_pretrained(stages[-1])
     row = {"n_predict": speculator.config.n_predict, "parameters": speculator.num_parameters(), "losses": {}}
     for name, written in texts.items():
-        accepted = evaluation.accepted_drafts(speculator, written.states, written.labels)
+        accepted = evaluation.accepted_drafts(speculator.beside(base_model), written.states, written.labels)
         steps, tokens = evaluation.simulate_steps(accepted, (written.labels != -100).sum(-1))
         row[name] = tokens / steps
     for stage in stages:

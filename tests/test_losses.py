@@ -23,6 +23,7 @@ ALPHA = [0.2 + 0.2 + 0.2, 0.4]
 KL = [0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.2) + 0.2 * math.log(0.2 / 0.6), math.log(1 / 0.4)]
 W = [math.exp(-3 * alpha) for alpha in ALPHA]
 BY_HAND = {
+    "argmax": [-math.log(0.2), -math.log(0.4)],
     "forward_kl": KL,
     "total_variation": [1 - alpha for alpha in ALPHA],
     "negative_log_acceptance": [-math.log(alpha) for alpha in ALPHA],

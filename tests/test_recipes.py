@@ -82,7 +82,7 @@ FROM_ELSEWHERE = {  # what commands write that no recipe trains: measurements, s
         "converted",
         "comparison",
     ),
-    *("mine", "my-adapter", "gpu", "stories", "stories260K", "quickstart"),
+    *("mine", "my-adapter", "gpu", "stories", "stories260K", "quickstart", "smollm2-135m"),
 }
 
 

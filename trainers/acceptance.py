@@ -45,7 +45,7 @@ class ExpectedAcceptance:
             dataset: rows of `input_ids`.
         """
         self._write(*self.prompts(dataset))
-        speculator = self.accelerator.unwrap_model(model)
+        speculator = self.accelerator.unwrap_model(model).beside(next(iter(self.samplers.values())).base_model)
         measured = {}
         with gathered(model), self.accelerator.autocast():
             for name, texts in self._texts.items():

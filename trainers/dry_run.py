@@ -83,7 +83,7 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
 
     gpus, machine = _machine(training.dry_run_gpus)
     weights = _count(base_model) * BYTES.get(model_args.base_model_quantization, dtype.itemsize)
-    heads = sum(head.weight.numel() for head in {*speculator.speculator.head})
+    heads = sum(head.weight.numel() for head in {*getattr(speculator.speculator, "head", ())})
     written = training.generation_batch_size or rows
     memory = {
         "base model": weights / (gpus if training.shard_base_model else 1),
@@ -188,7 +188,7 @@ def _saved_for_backward(
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         base_logits = partial(output_logits, base_model, vocab_size=speculator.config.vocab_size)
         options = {"next_states": batch.next_states, "base_logits": base_logits}
-        out = speculator(*batch[:3], objective=partial(objective, **options))
+        out = speculator(*batch[:3], objective=partial(objective, **options), base_model=base_model)
     assert out.losses.shape == (speculator.config.n_predict,)
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -214,6 +214,9 @@ def _seconds(base_model, speculator, text: torch.Tensor, stage: int, weights: fl
     modules = speculator.modules()
     embeddings = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Embedding))
     flops = text.numel() * (2 * _count(base_model) + 6 * (_count(speculator) - embeddings))
+    if not hasattr(speculator.speculator, "head"):  # the base model's, which gets no gradient itself
+        of_heads = speculator.config.n_predict * base_model.get_output_embeddings().weight.numel()
+        flops += text.numel() * 4 * of_heads
     reading = 0.0
     if stage == 2:
         reading = text.shape[1] * (weights + _key_value_bytes(base_model, text) / 2) / BANDWIDTH

@@ -22,6 +22,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
 
 
+def argmax(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
+    """-log q of the base model's most probable token: (positions, vocab) twice -> (positions,)."""
+    return F.cross_entropy(logits, base_logits.argmax(-1), reduction="none")
+
+
 def forward_kl(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
     """KL(p || q), to which a token that p rules out adds nothing: (positions, vocab) twice -> (positions,)."""
     p = base_logits.softmax(-1)
@@ -63,6 +68,7 @@ DISTRIBUTION_LOSSES = {
     "total_variation": total_variation,
     "negative_log_acceptance": negative_log_acceptance,
     "lk_hybrid": lk_hybrid,
+    "argmax": argmax,
 }
 LOSSES = (*TOKEN_LOSSES, *DISTRIBUTION_LOSSES)
 

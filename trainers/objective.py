@@ -88,7 +88,8 @@ class Objective:
             hidden_states = hidden_states + (torch.randn_like(hidden_states) * size).to(hidden_states.dtype)
         state, tokens = speculator.first_state(hidden_states), input_ids[:, :n]
         sums, observed = [], []
-        for head, linear in enumerate(speculator.head):
+        n_predict = len(self.top_k)
+        for head in range(n_predict):
             state = speculator.advance(head, state, tokens)
             score = partial(
                 self._score,
@@ -97,14 +98,15 @@ class Objective:
                 next_states=next_states[:, head : head + n].flatten(0, 1) if self.needs_distribution else None,
                 base_logits=base_logits,
             )
-            loss, values = chunked_linear(linear, speculator.features(state).flatten(0, 1), score, self.chunk_elements)
+            features = speculator.features(state).flatten(0, 1)
+            loss, values = chunked_linear(speculator.lm_head(head), features, score, self.chunk_elements)
             sums.append(loss)
             observed.append(values.view(batch, n, 4))
             tokens = input_ids[:, head + 1 : head + 1 + n]
-            if training and self.unrolled_share and head + 1 < len(speculator.head):
+            if training and self.unrolled_share and head + 1 < n_predict:
                 own = torch.rand(tokens.shape, device=tokens.device) < self.unrolled_share
                 tokens = torch.where(own, observed[-1][:, :, 3].long(), tokens)
-        counted = counted_labels(labels, len(speculator.head))
+        counted = counted_labels(labels, n_predict)
         divisor = counted.sum(0) if divisor is None else divisor
         losses = torch.stack(sums) / divisor.clamp(min=torch.finfo(torch.float32).tiny)
         loss = sum(weight * loss for weight, loss in zip(self.head_weights, losses.unbind(), strict=True))

@@ -30,7 +30,7 @@ _OF_A_NEW_ONE = (
 
 
 # All products with weights of either cell, but for the one that nothing reads; embeddings stay as they are.
-_LORA_TARGETS = r".*(proj|head)\.\d+(?<!forget_proj\.0)"
+_LORA_TARGETS = r".*(proj|proj_in|proj_out|head)\.\d+(?<!forget_proj\.0)"
 
 
 def load_or_create_speculator(

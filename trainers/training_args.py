@@ -46,7 +46,9 @@ class ModelArguments:
         None, "CANDIDATES", f"drafted sequences to verify (default: {_NEW.n_candidates})"
     )
     method: str | None = option(
-        None, "METHOD", f"sum_rnn (published), sum_lstm (gated), medusa or unconditioned (default: {_NEW.method})"
+        None,
+        "METHOD",
+        f"sum_rnn (published), sum_lstm (gated), residual, medusa or unconditioned (default: {_NEW.method})",
     )
     tie_weights: bool | None = option(None, "true|false", "share the weights among the heads (default: false)")
     scale_input: bool | None = option(None, "true|false", "normalise the context vector (default: false)")

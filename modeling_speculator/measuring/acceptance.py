@@ -126,7 +126,7 @@ def measure_acceptance(
         looked_up = accepted_lookups(input_ids, attention_mask, tokens[:, : accepted.shape[1]], n_lookup_tokens)
         accepted = torch.maximum(accepted, looked_up)
     simulated = simulate_emissions(accepted, lengths)
-    correct, correct_top_k, counted = head_accuracy(speculator, states, tokens)
+    correct, correct_top_k, counted = head_accuracy(speculator, states, tokens, base_model=model)
     return [
         PromptAcceptance(
             continuation=texts[row, : lengths[row]].tolist(),
@@ -142,7 +142,7 @@ def measure_acceptance(
 
 
 def head_accuracy(
-    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27
+    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27, base_model=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How often each head is right, fed the true tokens.
 
@@ -150,6 +150,7 @@ def head_accuracy(
         hidden_states: (batch, n, emb_dim), the context vectors that the first n tokens were drawn from.
         tokens: (batch, n + n_predict), -100 where there is none.
         chunk_elements: logits at a time.
+        base_model: needed by heads that use layers of it.
 
     Returns:
         Positions where the true token is a head's first choice, where it is one of those that the head drafts, and
@@ -163,7 +164,9 @@ def head_accuracy(
     for at in range(0, n, width):
         end = min(at + width, n)
         read = tokens[:, at : end + config.n_predict - 1].clamp(0, config.vocab_size - 1)
-        logits = speculator(hidden_states[:, at:end], read).logits  # (n_predict, batch, end - at, vocab)
+        logits = speculator(
+            hidden_states[:, at:end], read, base_model=base_model
+        ).logits  # (n_predict, batch, end - at, vocab)
         truth = tokens[:, at + 1 : end + config.n_predict].unfold(1, end - at, 1).transpose(0, 1)
         for head, k in enumerate(config.top_k_tokens_per_head):
             right = logits[head].topk(k).indices == truth[head][..., None]  # of equals, those that are drafted

@@ -1,0 +1,114 @@
+"""What a speculator without a vocabulary of its own uses of the base model of a call: its embeddings and LM head."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .families import changes_logits, family_logits
+from .transformers_api import execution_device
+
+
+logger = logging.get_logger(__name__)
+
+# How far embeddings may be from those that a speculator was trained beside, relative to their size. Measured on three
+# models: 0.002 in bf16, 0.006 to 0.012 in 8 bit, 0.10 to 0.14 in 4 bit, 0.84 and more for those of another model.
+_SAME, _ANOTHER = 0.2, 0.7
+
+
+class BaseModelEnds:
+    """The embeddings and the LM head of a base model, as a speculator of `vocab_size` tokens sees them."""
+
+    SKETCH = (32, 16)  # rows of the embeddings, and numbers that each is projected to
+
+    def __init__(self, base_model: PreTrainedModel, vocab_size: int):
+        self.base_model, self.vocab_size = base_model, vocab_size
+        self.embeddings = base_model.get_input_embeddings()
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(...) -> (..., emb_dim), without a gradient."""
+        with torch.no_grad():
+            return self.embeddings(input_ids.to(_device_of(self.embeddings))).to(input_ids.device)
+
+    @property
+    def lm_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From features (..., emb_dim) to logits (..., vocab_size), with a gradient in the features alone."""
+        head = self.base_model.get_output_embeddings()
+        as_it_is = type(head) is nn.Linear and head.bias is None and head.out_features == self.vocab_size
+        return _frozen(head) if as_it_is and not changes_logits(self.base_model) else BaseModelHead(self)
+
+    @torch.no_grad()
+    def sketch(self) -> torch.Tensor | None:
+        """Some rows of the embeddings, each projected to a few numbers; None where they can't be read. Fewer than
+        `SKETCH` says where the base model lacks tokens."""
+        weight = getattr(self.embeddings, "weight", None)
+        unreadable = weight is None or weight.device.type == "meta" or not weight.dtype.is_floating_point
+        if unreadable or isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
+            return None
+        n_rows, n_numbers = self.SKETCH
+        rows = torch.arange(n_rows, device=weight.device) * self.vocab_size // n_rows
+        rows = rows[rows < len(weight)]  # it may have some tokens less
+        columns = torch.arange(weight.shape[1], dtype=torch.float64)[:, None]
+        waves = torch.cos(columns * torch.arange(1, n_numbers + 1, dtype=torch.float64))  # no random numbers
+        return (weight[rows].double().cpu() @ waves / len(columns) ** 0.5).float()
+
+    def check(self, expected: torch.Tensor) -> None:
+        """Raises a ValueError where the embeddings are those of another model than `expected` was the sketch of."""
+        if expected.device.type == "meta" or not expected.any():  # it was trained where they could not be read
+            return
+        found = self.sketch()
+        if found is None:
+            logger.warning_once(
+                "The base model's embeddings can't be read here: only its sizes tell whether the speculator was "
+                "trained for it."
+            )
+            return
+        expected = expected.cpu().float()[: len(found)]
+        distance = float((found - expected).norm() / expected.norm())
+        if distance > _ANOTHER:
+            raise ValueError(
+                f"The speculator was trained beside a base model with other embeddings (they differ by "
+                f"{distance:.0%}). It has none of its own: take the speculator of this base model."
+            )
+        if distance > _SAME:
+            logger.warning_once(
+                f"The base model's embeddings differ by {distance:.0%} from those that the speculator was trained "
+                "beside. The output is right all the same, but fewer drafts will be accepted."
+            )
+
+
+class BaseModelHead:
+    """An LM head with what its family does to logits, for as many tokens as a speculator has."""
+
+    def __init__(self, ends: BaseModelEnds):
+        self.base_model, self.out_features = ends.base_model, ends.vocab_size
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        head = self.base_model.get_output_embeddings()
+        logits = _frozen(head)(features.to(_device_of(head), self.base_model.dtype))
+        return family_logits(self.base_model, logits, self.out_features).to(features.device)
+
+
+def _frozen(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An LM head as it is, but that its weights get no gradient: the base model is not ours to train."""
+    if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in head.parameters()):
+        return head
+    if type(head) is nn.Linear and head.bias is None:
+        same = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        same.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
+        return same
+    weights = {name: weight.detach() for name, weight in head.named_parameters()}
+    return lambda features: torch.func.functional_call(head, weights, (features,))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module takes its input."""
+    device = next(module.parameters()).device
+    elsewhere = execution_device(module) if device.type == "meta" else None
+    return device if elsewhere is None else torch.device(elsewhere)
+
+
+__all__ = ["BaseModelEnds"]
