@@ -41,25 +41,24 @@ class BaseModelEnds:
         return _frozen(head) if as_it_is and not changes_logits(self.base_model) else BaseModelHead(self)
 
     @torch.no_grad()
-    def sketch(self) -> torch.Tensor | None:
-        """Some rows of the embeddings, each projected to a few numbers; None where they can't be read. Fewer than
-        `SKETCH` says where the base model lacks tokens."""
+    def sketch(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Some rows (n,) of the embeddings, each projected to a few numbers; None where they can't be read.
+
+        Those that the base model lacks, which are the last ones, are left out.
+        """
         weight = getattr(self.embeddings, "weight", None)
         unreadable = weight is None or weight.device.type == "meta" or not weight.dtype.is_floating_point
         if unreadable or isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
             return None
-        n_rows, n_numbers = self.SKETCH
-        rows = torch.arange(n_rows, device=weight.device) * self.vocab_size // n_rows
-        rows = rows[rows < len(weight)]  # it may have some tokens less
         columns = torch.arange(weight.shape[1], dtype=torch.float64)[:, None]
-        waves = torch.cos(columns * torch.arange(1, n_numbers + 1, dtype=torch.float64))  # no random numbers
-        return (weight[rows].double().cpu() @ waves / len(columns) ** 0.5).float()
+        waves = torch.cos(columns * torch.arange(1, self.SKETCH[1] + 1, dtype=torch.float64))  # no random numbers
+        return (weight[rows[rows < len(weight)].to(weight.device)].double().cpu() @ waves / len(columns) ** 0.5).float()
 
-    def check(self, expected: torch.Tensor) -> None:
+    def check(self, expected: torch.Tensor, rows: torch.Tensor) -> None:
         """Raises a ValueError where the embeddings are those of another model than `expected` was the sketch of."""
         if expected.device.type == "meta" or not expected.any():  # it was trained where they could not be read
             return
-        found = self.sketch()
+        found = self.sketch(rows)
         if found is None:
             logger.warning_once(
                 "The base model's embeddings can't be read here: only its sizes tell whether the speculator was "

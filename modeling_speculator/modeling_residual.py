@@ -51,6 +51,7 @@ class ResidualCell(Cell):
             nn.ModuleList(nn.RMSNorm(config.emb_dim, eps=1e-5) for _ in heads) for _ in range(2)
         )
         self.register_buffer("sketch", torch.zeros(BaseModelEnds.SKETCH))
+        self.register_buffer("sketch_rows", torch.zeros(BaseModelEnds.SKETCH[0], dtype=torch.long))
 
     def bound(self, base_model: PreTrainedModel) -> "ResidualCell":
         cell = copy.copy(self)  # the parameters are shared; nothing of the base model is kept in the module
@@ -58,11 +59,12 @@ class ResidualCell(Cell):
         return cell
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
-        BaseModelEnds(base_model, self.vocab_size).check(self.sketch)
+        BaseModelEnds(base_model, self.vocab_size).check(self.sketch, self.sketch_rows)
 
     def start_from(self, base_model: PreTrainedModel) -> None:
         """Remembers by what its embeddings are recognised."""
-        sketch = BaseModelEnds(base_model, self.vocab_size).sketch()
+        self.sketch_rows.copy_(torch.arange(len(self.sketch_rows)) * self.vocab_size // len(self.sketch_rows))
+        sketch = BaseModelEnds(base_model, self.vocab_size).sketch(self.sketch_rows)
         if sketch is not None:
             self.sketch.copy_(sketch)
 
@@ -109,6 +111,7 @@ class ResidualSpeculator(MLPSpeculatorPreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, ResidualCell):
             init.zeros_(module.sketch)
+            init.zeros_(module.sketch_rows)
             for linear in module.proj_out:
                 init.zeros_(linear.weight)
         elif not isinstance(module, nn.Linear) or module.in_features == 2 * self.config.emb_dim:

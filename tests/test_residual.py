@@ -171,6 +171,19 @@ def test_other_numbers_of_tokens(speculator):
         assert int(drafted.max()) < min(vocab_size, VOCAB)
 
 
+def test_its_own_number_of_tokens_can_change(llama, speculator):
+    """Which is all that there is to change: tokens that were added to the base model are drafted, too."""
+    model = tiny_model("llama")
+    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    speculator.resize_token_embeddings(VOCAB + 5)
+    assert speculator.config.vocab_size == VOCAB + 5
+    plain = model.generate(**prompts(), max_new_tokens=20, do_sample=False)
+    text = model.generate(**prompts(), max_new_tokens=20, do_sample=False, assistant_model=speculator)
+    assert torch.equal(text, plain)
+    states, tokens = torch.randn(1, 2, 32), torch.zeros(1, 4, dtype=torch.long)
+    assert speculator(states, tokens, base_model=model).logits.shape[-1] == VOCAB + 5
+
+
 def test_beside_an_adapted_base_model(llama, speculator):
     model = get_peft_model(
         tiny_model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
@@ -218,7 +231,7 @@ def test_the_same_base_model_a_little_changed(llama, speculator, change, warns, 
 def test_embeddings_that_can_not_be_read(llama, speculator):
     with torch.device("meta"):
         elsewhere = type(llama)(llama.config)
-    assert BaseModelEnds(elsewhere, VOCAB).sketch() is None
+    assert BaseModelEnds(elsewhere, VOCAB).sketch(torch.arange(32)) is None
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modeling_speculator.base_model_ends.logger.warning_once", said.append)
