@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 from tqdm import tqdm
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from modeling_speculator import command_line
 from modeling_speculator.command_line import flags_of, last_lines, positive, run_script, say_end
@@ -69,8 +69,7 @@ def main() -> None:
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
     args.precision = keep_precision(args.output_dir, args.precision)
     print(f"Each training's output is in the log.txt beside it, below {args.output_dir}.", flush=True)
-    base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
-    texts = held_out_texts(args, base_model, tokenizer)
+    base_model, texts = held_out_texts(args)
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
     train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
@@ -150,8 +149,9 @@ def run(stage: int, flags: dict) -> None:
         )
 
 
-def held_out_texts(args, base_model, tokenizer) -> dict[str, Continuations]:
-    """What the base model writes after held-out prompts, greedily where that does not loop, and sampled."""
+def held_out_texts(args) -> tuple[PreTrainedModel, dict[str, Continuations]]:
+    """The base model, and what it writes after held-out prompts, greedily where that does not loop, and sampled."""
+    base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
     texts = load_texts(DataArguments(data_files=[str(args.corpus / "held_out.jsonl")]))
     rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
     prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
@@ -160,10 +160,10 @@ def held_out_texts(args, base_model, tokenizer) -> dict[str, Continuations]:
         for temperature in tqdm((0.0, 1.0), desc="texts to measure on", unit="text a prompt", leave=False)
     )
     varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in greedy.labels.tolist()])
-    return {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
+    return base_model, {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
 
 
-def measure(folder: Path, base_model, texts: dict[str, Continuations]) -> dict:
+def measure(folder: Path, base_model: PreTrainedModel, texts: dict[str, Continuations]) -> dict:
     """Tokens per step of a trained speculator, its size, and the losses of its trainings: {stage: [[step, loss]]}."""
     stages = sorted(folder.glob("stage*"))
     speculator = AutoModel.from_pretrained(stages[-1])
