@@ -52,9 +52,8 @@ class BaseModelEnds:
             return None
         columns = torch.arange(weight.shape[1], dtype=torch.float64)[:, None]
         waves = torch.cos(columns * torch.arange(1, self.SKETCH[1] + 1, dtype=torch.float64))  # no random numbers
-        return (
-            weight[rows[rows < len(weight)].to(weight.device)].double().cpu() @ waves / len(columns) ** 0.5
-        ).float()
+        there = rows[rows < len(weight)].to(weight.device)
+        return (weight[there].double().cpu() @ waves / len(columns) ** 0.5).float()
 
     def check(self, expected: torch.Tensor, rows: torch.Tensor) -> None:
         """Raises a ValueError where the embeddings are those of another model than `expected` was the sketch of."""
