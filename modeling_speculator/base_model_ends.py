@@ -57,13 +57,12 @@ class BaseModelEnds:
 
     def check(self, expected: torch.Tensor, rows: torch.Tensor) -> None:
         """Raises a ValueError where the embeddings are those of another model than `expected` was the sketch of."""
-        if expected.device.type == "meta" or not expected.any():  # it was trained where they could not be read
-            return
-        found = self.sketch(rows)
+        was_read = expected.device.type != "meta" and bool(expected.any())
+        found = self.sketch(rows) if was_read else None
         if found is None:
+            when = "can't be read here" if was_read else "could not be read when the speculator was made"
             logger.warning_once(
-                "The base model's embeddings can't be read here: only its sizes tell whether the speculator was "
-                "trained for it."
+                f"The base model's embeddings {when}: only its sizes tell whether the speculator was trained for it."
             )
             return
         expected = expected.cpu().float()[: len(found)]

@@ -77,7 +77,7 @@ class SpeculatorTrainer(PublishingTrainer):
         prepare_fsdp(model, self.accelerator)
         facts = known_before(args, base_model, model) | (facts or {})
         self.base_model = place_base_model(base_model, self.accelerator, args.shard_base_model)
-        self.is_bound = uses_base_model(model, self.base_model)
+        check_layers_of_the_base_model(model, self.base_model)
         config = model.config
         self.n_predict, self.vocab_size = config.n_predict, config.vocab_size
         self.objective = Objective(
@@ -175,8 +175,7 @@ class SpeculatorTrainer(PublishingTrainer):
             training=model.training,
             divisor=self._divisor if model.training else None,
         )
-        beside = {"base_model": self.base_model} if self.is_bound else {}
-        outputs = model(batch.hidden_states, batch.input_ids, batch.labels, objective=objective, **beside)
+        outputs = model(*batch[:3], objective=objective, base_model=self.base_model)
         if model.training:
             self.heads.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -282,23 +281,15 @@ class SpeculatorTrainer(PublishingTrainer):
         return loss, tuple(values.contiguous() for values in of_rows), outputs.counted.contiguous()
 
 
-def uses_base_model(model: PreTrainedModel, base_model: PreTrainedModel) -> bool:
-    """Whether a speculator's heads use layers of the base model.
-
-    Raises:
-        ValueError: if they were trained beside another one, or those layers are in parts.
-    """
-    speculator = model.get_base_model() if isinstance(model, PeftModel) else model
-    cell = speculator.speculator
-    if cell.bound(base_model) is cell:
-        return False
-    if is_sharded(base_model):
+def check_layers_of_the_base_model(model: PreTrainedModel, base_model: PreTrainedModel) -> None:
+    """Raises a ValueError where a speculator's heads use layers of the base model which are in parts, or another's."""
+    cell = (model.get_base_model() if isinstance(model, PeftModel) else model).speculator
+    if cell.bound(base_model) is not cell and is_sharded(base_model):
         raise ValueError(
             "This speculator uses the base model's embeddings and LM head, which must be whole on each device: set "
             "`shard_base_model: false`."
         )
     cell.check_base_model(base_model)
-    return True
 
 
 def _check_data(train_dataset, eval_dataset) -> None:
