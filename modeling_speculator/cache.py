@@ -108,7 +108,8 @@ class SpeculativeCache(Cache):
     Use: run the prefill, call `start_steps`, then for every step `prepare_step`, a forward of the base model, `keep`.
 
     Attributes:
-        context_vectors: (batch, nodes, hidden_size), what the decoder returned in the forward that used this cache.
+        caught: what the forward that used this cache has made, (batch, nodes, hidden_size): what entered some layers,
+            by their number, and what the decoder returned, by None.
 
     Args:
         n_layers: layers of the base model.
@@ -116,9 +117,8 @@ class SpeculativeCache(Cache):
         windows: the masks that the base model expects, from `attention_windows`.
         past: the cache of an earlier call.
         storage: keys and values of each layer of an earlier call, which nobody uses any more; or none.
+        keeps_prompt: whether what all forwards of the prefill have made is wanted, and not of the last one only.
     """
-
-    context_vectors: torch.Tensor
 
     def __init__(
         self,
@@ -127,8 +127,10 @@ class SpeculativeCache(Cache):
         windows: dict[str | None, int | None],
         past: Cache | None = None,
         storage: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        keeps_prompt: bool = False,
     ):
         self.slots = Slots(capacity)
+        self.caught, self.keeps_prompt = {}, keeps_prompt
         self.windows = windows
         layers = [] if past is None else past.layers  # of an empty `DynamicCache()` there are none
         super().__init__(
@@ -166,6 +168,17 @@ class SpeculativeCache(Cache):
         dtype = self.layers[0].keys.dtype
         self.attend = torch.zeros((), dtype=dtype, device=device)
         self.ignore = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+
+    @property
+    def context_vectors(self) -> torch.Tensor:
+        """(batch, nodes, hidden_size), of the forward that used this cache."""
+        return self.caught[None]
+
+    def catch(self, layer: int | None, hidden_states: torch.Tensor) -> None:
+        """Takes what a forward has made; of a prompt in several parts, all of it."""
+        if self.keeps_prompt and self.slots.nodes is None and layer in self.caught:
+            hidden_states = torch.cat([self.caught[layer], hidden_states], dim=1)
+        self.caught[layer] = hidden_states
 
     def prepare_step(
         self, tree: CandidateTree, root_column: torch.Tensor, in_use: int

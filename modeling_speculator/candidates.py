@@ -4,6 +4,7 @@ import torch
 
 from .cells import Cell
 from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .drafter_state import Call, DrafterState
 
 
 class CandidateSelection:
@@ -22,6 +23,33 @@ class CandidateSelection:
         cell = self.speculator.bound(base_model)
         return self if cell is self.speculator else BoundSelection(self.config, cell)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it wants to know all verified tokens, and not the last context vector alone."""
+        return self.speculator.reads_text
+
+    def start(self, call: Call) -> DrafterState:
+        """What is known of the tokens of a call of `generate`."""
+        return self.speculator.start(call)
+
+    def with_context(self, *text: torch.Tensor | None) -> torch.Tensor:
+        """`Cell.with_context`: what a draft starts from at all places of a text at once."""
+        return self.speculator.with_context(*text)
+
+    def score(self, starts: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits of all heads at all places at once, each fed the true tokens: (n_predict, batch, n, vocab).
+
+        Args:
+            starts: (batch, n, emb_dim), what drafts start from.
+            input_ids: (batch, >= n + n_predict - 1), the token drawn at each place, and those after it.
+        """
+        cell, n, logits = self.speculator, starts.shape[1], []
+        state = cell.first_state(starts)
+        for head in range(self.config.n_predict):
+            state, head_logits = cell.step(head, state, input_ids[:, head : head + n])
+            logits.append(head_logits)
+        return torch.stack(logits)
+
     @torch.no_grad()
     def generate_candidates(
         self,
@@ -34,7 +62,7 @@ class CandidateSelection:
         """Drafts by the published rule: `top_k` children per node, the leaves with the highest summed log-prob.
 
         Args:
-            hidden_states: (batch, 1, emb_dim), context vector of each sequence.
+            hidden_states: (batch, 1, emb_dim), context vector of each sequence, or what a context layer made of it.
             input_ids: (batch, 1), the token that the base model drew from it.
             top_k_tokens_per_head, n_candidates: default to the config's.
             vocab_size: if given, ids from here on are not drafted.

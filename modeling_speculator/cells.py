@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .drafter_state import Call, DrafterState, LastContextVector
 
 
 class MLPSpeculatorRMSNorm(nn.Module):
@@ -33,6 +34,8 @@ class Cell(nn.Module):
     """
 
     reads_tokens = True  # whether a state depends on the drafted tokens, and so differs between branches
+    reads_text = False  # whether the first state depends on other verified tokens than the last
+    feature_layers: tuple[int, ...] = ()  # layers of the base model, what enters which is read, too
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__()
@@ -66,6 +69,28 @@ class Cell(nn.Module):
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         """Raises a ValueError where the cell uses layers of the base model, and was trained beside another one."""
+
+    def start(self, call: Call) -> DrafterState:
+        """What is known of the tokens of a call of `generate`; its `context_vector` is what a draft starts from."""
+        return LastContextVector(call)
+
+    def with_context(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        features: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What a draft starts from at all places of a text at once: (batch, n, emb_dim).
+
+        Args:
+            hidden_states: (batch, n, emb_dim), context vectors.
+            input_ids: (batch, n), the token drawn from each.
+            features: (batch, n, emb_dim * number of `feature_layers`), what enters these layers; None without.
+            segments: (batch, n), a number for each document, and for padding: those of others are not seen. None
+                where each row is one text.
+        """
+        return hidden_states
 
     @staticmethod
     def tied_weights(n_predict: int) -> dict[str, str]:

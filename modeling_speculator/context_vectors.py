@@ -1,62 +1,133 @@
-"""Where context vectors come from: the decoder of a base model, after its final norm; its LM head reads them, too."""
+"""Where context vectors come from: the decoder of a base model, after its final norm; its LM head reads them, too.
+
+And features: what enters some of its layers, where a drafter asks for that.
+"""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 
 from .cache import SpeculativeCache
+from .families import decoder_layers
 from .transformers_api import cache_of
 
 
-# Of each decoder that is at work: its calls and its hook. One for all calls: a compiled step is guarded by the hooks
-# that were there, and other threads' calls, which come and go meanwhile, must not change them.
+# Of each decoder or layer that is listened to: the calls that do, and its hook. One for all calls: a compiled step is
+# guarded by the hooks that were there, and other threads' calls, which come and go meanwhile, must not change them.
 _at_work: WeakKeyDictionary = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 @contextmanager
-def handed_to_cache(model) -> Iterator[None]:
-    """Each forward of the base model meanwhile leaves its context vectors in the `SpeculativeCache` that it was given.
+def handed_to_cache(model, feature_layers: Sequence[int] = ()) -> Iterator[None]:
+    """Each forward of the base model meanwhile leaves its context vectors in the `SpeculativeCache` that it was given,
+    and what enters some of its layers.
 
     By way of the cache, because the model may at the same time serve other threads, which have other caches.
     """
-    decoder = model.get_decoder()
+    layers = decoder_layers(model) if feature_layers else ()
+    listeners = {model.get_decoder(): None} | {layers[at]: at for at in feature_layers}
     with _lock:
-        calls, handle = _at_work.get(decoder) or (0, decoder.register_forward_hook(_hand_over))
-        _at_work[decoder] = calls + 1, handle
+        for module, at in listeners.items():
+            calls, handle = _at_work.get(module) or (0, _listen(module, at))
+            _at_work[module] = calls + 1, handle
     try:
         yield
     finally:
         with _lock:
-            calls, handle = _at_work.pop(decoder)
-            if calls > 1:
-                _at_work[decoder] = calls - 1, handle
-            else:
-                handle.remove()
+            for module in listeners:
+                calls, handle = _at_work.pop(module)
+                if calls > 1:
+                    _at_work[module] = calls - 1, handle
+                else:
+                    handle.remove()
+
+
+def _listen(module, at: int | None):
+    if at is None:
+        return module.register_forward_hook(_hand_over)
+
+    def hand_over(module, args, kwargs) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, SpeculativeCache):
+                value.catch(at, entering(args, kwargs))
+
+    return module.register_forward_pre_hook(hand_over, with_kwargs=True)
 
 
 def _hand_over(module, args, output) -> None:
     cache = cache_of(output)
     if isinstance(cache, SpeculativeCache):
-        cache.context_vectors = output.last_hidden_state
+        cache.catch(None, output.last_hidden_state)
+
+
+def entering(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden states among the arguments of a decoder's layer."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def recorded_states(model, feature_layers: Sequence[int] = ()) -> Iterator[dict[int | None, list[torch.Tensor]]]:
+    """What each forward of the base model meanwhile makes: by layer what enters it, context vectors by None.
+
+    Each (batch, length, emb_dim).
+    """
+    states = {at: [] for at in (None, *feature_layers)}
+    layers = decoder_layers(model) if feature_layers else ()
+    after = model.get_decoder().register_forward_hook(
+        lambda module, args, output: states[None].append(output.last_hidden_state)
+    )
+
+    def record(at: int):
+        return lambda module, args, kwargs: states[at].append(entering(args, kwargs))
+
+    before = [layers[at].register_forward_pre_hook(record(at), with_kwargs=True) for at in feature_layers]
+    try:
+        yield states
+    finally:
+        for handle in (after, *before):
+            handle.remove()
+
+
+class Reading(NamedTuple):
+    """What a base model makes of a text.
+
+    hidden_states: (batch, length, emb_dim), context vectors.
+    features: (batch, length, emb_dim * layers), what enters some layers, one after the other; None without layers.
+    """
+
+    hidden_states: torch.Tensor
+    features: torch.Tensor | None
+
+    @classmethod
+    def of(cls, states: dict[int | None, list[torch.Tensor]]) -> "Reading":
+        """Of the one forward that was recorded."""
+        (hidden_states,) = states[None]
+        features = [states[at][0].to(hidden_states.device) for at in states if at is not None]
+        return cls(hidden_states, torch.cat(features, dim=-1) if features else None)
 
 
 @torch.no_grad()
-def read_context_vectors(model, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Those of a finished text, by one forward.
+def read_text(model, text: torch.Tensor, attention_mask: torch.Tensor, feature_layers: Sequence[int] = ()) -> Reading:
+    """Reads a finished text, by one forward.
 
     Args:
         text: (batch, length), left-padded.
         attention_mask: (batch, <= length), of its beginning, 0 at padding.
-
-    Returns:
-        (batch, length, emb_dim).
+        feature_layers: the input of which is read, too.
     """
     mask = F.pad(attention_mask, (0, text.shape[1] - attention_mask.shape[1]), value=1)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs = model.get_decoder()(input_ids=text, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    return outputs.last_hidden_state
+    with recorded_states(model, feature_layers) as states:
+        model.get_decoder()(input_ids=text, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return Reading.of(states)
+
+
+def read_context_vectors(model, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Those of a finished text, (batch, length) -> (batch, length, emb_dim); see `read_text`."""
+    return read_text(model, text, attention_mask).hidden_states

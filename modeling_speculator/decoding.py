@@ -10,12 +10,13 @@ from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree
 from .checks import main_device
 from .context_vectors import handed_to_cache
+from .drafter_state import at_nodes
 from .drafting import Drafting
 from .emission import Emission
 from .families import attention_windows
 from .progress import Progress
 from .request import Request
-from .rows import Rows, at_nodes
+from .rows import Rows
 from .tracing import Trace
 from .transformers_api import CACHE, has_unfinished_sequences, optimized_for_decoding
 from .transformers_api import prefill as run_prompt
@@ -44,7 +45,7 @@ class SpeculativeDecoder:
     def run(self) -> None:
         """Decodes; the text is in `rows`."""
         model = self.model
-        with handed_to_cache(model):
+        with handed_to_cache(model, self.drafting.feature_layers):
             self.prefill()
             mode = torch.inference_mode() if self.allows_inference_mode else nullcontext()
             masked = nullcontext() if self.cache.dense else tree_attention(model)
@@ -58,21 +59,24 @@ class SpeculativeDecoder:
         request, config, capacity = self.request, self.model.config.get_text_config(decoder=True), self.capacity()
         windows, storage = attention_windows(config), self.reusable_storage()
         depth, max_nodes = self.drafting.depth, self.drafting.max_nodes
-        self.cache = SpeculativeCache(config.num_hidden_layers, capacity, windows, request.past, storage)
+        self.cache = SpeculativeCache(
+            config.num_hidden_layers, capacity, windows, request.past, storage, self.drafting.reads_text
+        )
         # The loop keeps a cache of its own, whether or not the caller wants one.
         model_kwargs = request.model_kwargs | {"use_cache": True}
         input_ids = request.input_ids.to(self.device).long()
         outputs = run_prompt(self.model, input_ids, request.generation_config, model_kwargs, self.cache)
         self.cache.start_steps(request.prompt_mask.to(self.device), max_nodes, self.is_dense())
 
-        context_vectors = self.cache.context_vectors[:, -1:].to(self.device)
-        self.rows = Rows(request, self.model.config, capacity, depth, context_vectors, drafts=max_nodes > 1)
+        self.rows = Rows(request, self.model.config, capacity, depth, self.device, drafts=max_nodes > 1)
+        self.drafting.start(self.cache, self.rows, request.past)
         self.settle()
         self.emission = Emission(request, self.rows, depth, vocab_size=outputs.logits.shape[-1])
         self.bare_root = CandidateTree.root_only(self.rows.root)  # the tensor itself, and so whatever it becomes
         if request.returns("hidden_states"):
             self.hidden_states.append(outputs.hidden_states)
-        self.emit(self.bare_root, outputs.logits[:, -1:], context_vectors)
+        self.emit(self.bare_root, outputs.logits[:, -1:])
+        self.drafting.read_prompt(self.cache, self.rows, request.prompt_mask)
 
     def decode(self) -> None:
         """Draft, verify, accept and keep, until every row has ended.
@@ -123,7 +127,8 @@ class SpeculativeDecoder:
 
     def accept(self, tree: CandidateTree, root_column: torch.Tensor, outputs) -> None:
         """Emits the accepted tokens, keeps their keys and values, and frees the slots of the others."""
-        kept = self.emit(tree, outputs.logits, self.cache.context_vectors)
+        kept = self.emit(tree, outputs.logits)
+        self.drafting.state.extend(self.verified, self.cache, root_column)
         self.cache.keep(self.verified.nodes, kept, root_column)
         if self.trace is not None:
             self.trace.record(tree, outputs.logits, self.verified)
@@ -131,10 +136,10 @@ class SpeculativeDecoder:
             nodes = self.verified.nodes  # (batch, depth + 1)
             self.hidden_states.append(tuple(at_nodes(layer, nodes) for layer in outputs.hidden_states))
 
-    def emit(self, tree: CandidateTree, logits: torch.Tensor, context_vectors: torch.Tensor) -> torch.Tensor:
+    def emit(self, tree: CandidateTree, logits: torch.Tensor) -> torch.Tensor:
         """Accepts a path, writes its tokens, and moves the root to the last of them; how many nodes are kept."""
         self.verified, budget = self.emission.accept(logits.to(self.device), tree)
-        return self.rows.advance(self.verified, budget, context_vectors)
+        return self.rows.advance(self.verified, budget)
 
     # Between steps, on the host
 

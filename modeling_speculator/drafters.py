@@ -1,8 +1,10 @@
 """The drafters that the loop takes: a new one is a file beside `modeling_medusa.py`, and its line here.
 
 What the loop needs of one are `config` (with `model_type`, `vocab_size`, `emb_dim`, `n_predict`, `n_candidates`) and
-`generate_candidates`, but for `PromptLookup`, which has no heads; what is measured of it goes by all of `DIALS` and by
-a `forward` as the MLP speculator's; the trainers need a `Cell`.
+`generate_candidates`, but for `PromptLookup`, which has no heads. One that wants more than the last context vector
+says so by `reads_text`, names the layers whose input it wants in `config.feature_layers`, and has a `start` that
+returns what it knows of a call (`drafter_state.py`) and a `with_context` that computes the same of a whole text. What
+is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the trainers need a `Cell`.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
+from .modeling_context import ContextConfig, ContextSpeculator
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_prompt_lookup import PromptLookupConfig
@@ -22,6 +25,7 @@ DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     MLPSpeculatorConfig: MLPSpeculatorPreTrainedModel,
     MedusaConfig: MedusaModel,
     ResidualConfig: ResidualSpeculator,
+    ContextConfig: ContextSpeculator,
     UnconditionedConfig: UnconditionedSpeculator,
 }
 

@@ -1,7 +1,12 @@
 """A drafter at work in one call: how much it drafts for the next step, and by which of its dials."""
 
+import torch
+from transformers import Cache
+
 from .adaptive import AdaptiveSpeculation, Choice, choices_of
+from .cache import SpeculativeCache
 from .candidate_tree import CandidateTree, max_nodes
+from .drafter_state import Call, DrafterState, LastContextVector, Prompt
 from .lookup import continuation, longest_draft, lookup_tokens
 from .rows import Rows
 from .vocabularies import beside
@@ -14,6 +19,9 @@ class Drafting:
         choice: how much is drafted for the next tree.
         depth: the most tokens of a path.
         max_nodes: the most nodes of a tree, its root included.
+        reads_text: whether the drafter wants to know all verified tokens.
+        feature_layers: layers of the base model, the input of which it wants to know.
+        state: what it knows of this call.
 
     Args:
         adapts: whether to choose `n_candidates` from what steps are found to gain and to cost.
@@ -26,7 +34,26 @@ class Drafting:
         self.depth = longest_draft(config)
         self.most_drafted = max_nodes(config)  # by the drafter itself, the root included
         self.max_nodes = self.most_drafted + self.choice.n_lookup_tokens
-        self.policy = AdaptiveSpeculation(choices_of(config)) if adapts and self.choice.n_candidates > 0 else None
+        self.is_on = self.choice.n_candidates > 0
+        self.reads_text = self.is_on and getattr(self.speculator, "reads_text", False)
+        self.feature_layers = tuple(getattr(config, "feature_layers", None) or ()) if self.is_on else ()
+        self.state = DrafterState()
+        self.policy = AdaptiveSpeculation(choices_of(config)) if adapts and self.is_on else None
+
+    def start(self, cache: SpeculativeCache, rows: Rows, past: Cache | None) -> None:
+        """Begins to take note of what is verified, once the prompt has been read."""
+        if not self.is_on or self.n_predict == 0:
+            return
+        start = getattr(self.speculator, "start", LastContextVector)  # which drafters of somebody's own may lack
+        context_vector = cache.context_vectors[:, -1:].to(rows.root.device)
+        self.state = start(Call(context_vector, cache.slots.capacity + self.depth + 1, rows.offsets, past))
+
+    def read_prompt(self, cache: SpeculativeCache, rows: Rows, prompt_mask: torch.Tensor) -> None:
+        """Takes note of the prompt and the first token."""
+        if self.reads_text:
+            tokens, known = rows.tokens_after(prompt_mask.to(rows.root.device))
+            first_column = tokens.shape[1] - cache.context_vectors.shape[1]
+            self.state.prefill(Prompt(tokens, known, first_column), cache)
 
     def choose(self) -> None:
         """Decides how much is drafted next."""
@@ -55,7 +82,7 @@ class Drafting:
 
     def drafted(self, rows: Rows) -> CandidateTree:
         """The drafter's own tree: its candidates merged."""
-        root, context_vector = rows.root, rows.context_vector
+        root, context_vector = rows.root, self.state.context_vector
         if self.n_predict == 0:
             return CandidateTree.root_only(root)
         if self.n_tree_nodes is not None:

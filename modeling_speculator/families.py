@@ -1,6 +1,7 @@
 """The base models whose output is known to be reproduced, and what their decoders expect of attention masks."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -54,6 +55,13 @@ def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:
             )
         return {kind: windows[kind] for kind in sorted(set(config.layer_types))}
     return {None: config.sliding_window if config.model_type in ONE_WINDOWED_MASK else None}
+
+
+def decoder_layers(base_model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a base model's decoder."""
+    n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = (part for part in base_model.get_decoder().modules() if isinstance(part, nn.ModuleList))
+    return next(part for part in lists if len(part) == n_layers)
 
 
 def changes_logits(base_model: PreTrainedModel) -> bool:

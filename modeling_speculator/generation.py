@@ -183,6 +183,8 @@ def fill_cache(decoder: SpeculativeDecoder, sequences: torch.Tensor, cache):
             **rows.types_of(input_ids),
             **{CACHE: cache},
         )
+    tokens = sequences.to(decoder.device)
+    decoder.drafting.state.remember(cache, tokens, rows.lengths, rows.in_cache_only)
     return cache
 
 

@@ -4,10 +4,14 @@ All files that are imported from here, directly or not, are sent along; none of 
 """
 
 from .drafters import (
+    ContextConfig,
+    ContextSpeculator,
     MedusaConfig,
     MedusaModel,
     MLPSpeculatorConfig,
     MLPSpeculatorPreTrainedModel,
+    ResidualConfig,
+    ResidualSpeculator,
     UnconditionedConfig,
     UnconditionedSpeculator,
 )
@@ -15,10 +19,14 @@ from .generation import generation_hook
 
 
 __all__ = [
+    "ContextConfig",
+    "ContextSpeculator",
     "MLPSpeculatorConfig",
     "MLPSpeculatorPreTrainedModel",
     "MedusaConfig",
     "MedusaModel",
+    "ResidualConfig",
+    "ResidualSpeculator",
     "UnconditionedConfig",
     "UnconditionedSpeculator",
     "generation_hook",

@@ -102,40 +102,45 @@ class MLPSpeculatorPreTrainedModel(CandidateSelection, WholeCheckpoints, PreTrai
         labels: torch.Tensor | None = None,
         objective: Callable | None = None,
         base_model: PreTrainedModel | None = None,
+        features: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
     ) -> MLPSpeculatorOutput:
         """All heads at all positions at once, each head fed the true tokens: the training forward.
 
         Args:
-            hidden_states: (batch, n, emb_dim), context vectors of the base model.
+            hidden_states: (batch, n, emb_dim), context vectors of the base model. With a context layer there may be
+                more, (batch, m + n, emb_dim), than labels speak of: the first m are then read by that layer only.
             input_ids: (batch, >= n + n_predict - 1), `input_ids[:, i]` the token drawn from `hidden_states[:, i]`.
             labels: (batch, n + n_predict - 1), `labels[:, i + j]` what head `i` shall predict at position `j`;
                 -100 is ignored.
             objective: what a trainer computes in place of the logits of all heads, which may not fit into memory:
                 called with this model's `speculator` and the three tensors, its result is returned.
             base_model: needed by heads that use its embeddings and LM head.
+            features, segments: of a text, for a context layer; see `Cell.with_context`.
 
         Raises:
             ValueError: if the lengths don't fit together, or a base model is needed.
         """
+        drafter = self if base_model is None else self.beside(base_model)
+        cell = drafter.speculator
         n_predict, n = self.config.n_predict, hidden_states.shape[1]
         needed = n + n_predict - 1
-        if input_ids.shape[1] < needed or (labels is not None and labels.shape[1] != needed):
+        n_context = needed - labels.shape[1] if labels is not None and cell.reads_text else 0
+        has_labels = labels is None or labels.shape[1] == needed - n_context
+        if input_ids.shape[1] < needed or not 0 <= n_context < n or not has_labels:
             raise ValueError(
                 f"{n} context vectors and {n_predict} heads need `input_ids` of at least, and `labels` of exactly, "
                 f"n + n_predict - 1 = {needed} tokens; got {input_ids.shape[1]}"
                 + (f" and {labels.shape[1]}." if labels is not None else ".")
             )
-        speculator = self.speculator if base_model is None else self.speculator.bound(base_model)
+        hidden_states = cell.with_context(hidden_states, input_ids[:, :n], features, segments)[:, n_context:]
+        input_ids, n = input_ids[:, n_context:], n - n_context
         if objective is not None:
-            return objective(speculator, hidden_states, input_ids, labels)
-        state, logits = speculator.first_state(hidden_states), []
-        for head in range(n_predict):
-            state, head_logits = speculator.step(head, state, input_ids[:, head : head + n])
-            logits.append(head_logits)
-        output = MLPSpeculatorOutput(logits=torch.stack(logits))
+            return objective(cell, hidden_states, input_ids, labels)
+        output = MLPSpeculatorOutput(logits=drafter.score(hidden_states, input_ids))
         if labels is not None:
             output.losses = torch.stack(
-                [mean_cross_entropy(head_logits, labels[:, i : i + n]) for i, head_logits in enumerate(logits)]
+                [mean_cross_entropy(logits, labels[:, i : i + n]) for i, logits in enumerate(output.logits)]
             )
             output.loss = output.losses.sum()
         return output

@@ -1,6 +1,7 @@
 """The text of a batch while it is decoded, row by row: what it is, how long, and what it may still emit."""
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from .families import EMBEDDED_TOKEN_TYPES
@@ -21,7 +22,6 @@ class Rows:
         lengths: (batch, 1), columns of text.
         budget: (batch,), tokens that a row may still emit; 0 for one that has ended.
         root: (batch, 1), the last token.
-        context_vector: (batch, 1, hidden_size), what the root was drawn from.
         in_cache_only: columns that the cache has before the text begins.
         token_types: (batch, 1), of every token that comes; None where the base model adds none.
 
@@ -29,12 +29,12 @@ class Rows:
         config: of the base model.
         capacity: columns that the text may come to, the nodes of a tree included.
         depth: the most tokens of a path of a draft.
-        context_vector: of the prompt's last token.
+        device: that the state lies on.
         drafts: whether anything is ever drafted.
     """
 
     # What steps write to or read again and again: in a CUDA graph these tensors must stay where they are.
-    STATE = ("sequences", "readable", "lengths", "budget", "root", "context_vector", "along")
+    STATE = ("sequences", "readable", "lengths", "budget", "root", "along")
     STATE += ("from_length", "last_position", "to_root_column")
 
     def __init__(
@@ -43,10 +43,9 @@ class Rows:
         config: PreTrainedConfig,
         capacity: int,
         depth: int,
-        context_vector: torch.Tensor,
+        device: torch.device,
         drafts: bool,
     ):
-        device = context_vector.device
         input_ids = request.input_ids.to(device).long()
         batch, length = input_ids.shape
         self.drafts, self.pad_token_id = drafts, request.pad_token_id
@@ -59,7 +58,6 @@ class Rows:
         self.lengths = torch.full((batch, 1), length, device=device)
         self.budget = torch.full((batch,), request.budget, device=device)
         self.root = self.sequences.new_zeros(batch, 1)
-        self.context_vector = context_vector.clone(memory_format=torch.contiguous_format)
         model_type = config.get_text_config(decoder=True).model_type
         adds_types = model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
         self.token_types = request.last_token_types.to(device) if adds_types else None
@@ -72,6 +70,26 @@ class Rows:
     def root_column(self) -> torch.Tensor:
         """(batch, 1), of each root in the cache."""
         return self.lengths + self.to_root_column
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """(batch, 1), from a column of the cache to its position."""
+        return self.from_length + 1 - self.in_cache_only
+
+    def tokens_after(self, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token after each column of the prompt, once the first one has been emitted.
+
+        Args:
+            prompt_mask: (batch, columns), 0 at padding.
+
+        Returns:
+            Token ids (batch, columns), -1 where they are in the cache only, and whether a column and the token after
+            it are text, (batch, columns): bool.
+        """
+        columns, hidden = prompt_mask.shape[1], max(0, self.in_cache_only - 1)
+        text = slice(hidden + 1 - self.in_cache_only, columns + 1 - self.in_cache_only)
+        tokens = F.pad(self.sequences[:, text], (hidden, 0), value=-1)
+        return tokens, prompt_mask.bool() & F.pad(self.readable[:, text], (hidden, 0), value=False)
 
     def positions(self, depths: torch.Tensor) -> torch.Tensor:
         """(batch, nodes), of nodes so deep below the root.
@@ -88,27 +106,23 @@ class Rows:
         """Puts tokens (batch, n) behind each text."""
         self.sequences.scatter_(1, self.lengths + self.along[: tokens.shape[1]], tokens)
 
-    def advance(self, verified: Verified, budget: torch.Tensor, context_vectors: torch.Tensor) -> torch.Tensor:
+    def advance(self, verified: Verified, budget: torch.Tensor) -> torch.Tensor:
         """Lengthens each text by what was emitted, and moves its root to the last of it.
 
         The tokens are written already.
 
         Args:
             budget: (batch,), what is left.
-            context_vectors: (batch, nodes, hidden_size).
 
         Returns:
             (batch,), how many nodes of the accepted path are now part of each text.
         """
-        tokens, nodes, n_tokens = verified
+        tokens, _, n_tokens = verified
         if not self.drafts:
             # As in `generate`: a row that has ended goes on with padding, until all have.
             n_tokens = n_tokens.amax().expand_as(n_tokens)
-        else:
-            if tokens.shape[1] > 1:
-                last = (n_tokens[:, None] - 1).clamp(min=0)  # 0 tokens: the row has ended, its draft is not used
-                tokens, nodes = tokens.gather(1, last), nodes.gather(1, last)
-            self.context_vector.copy_(at_nodes(context_vectors, nodes))
+        elif tokens.shape[1] > 1:
+            tokens = tokens.gather(1, verified.last)
         self.lengths.add_(n_tokens[:, None])
         self.budget.copy_(budget)
         self.root.copy_(tokens)
@@ -119,8 +133,3 @@ class Rows:
         sequences = self.sequences[:, :longest]
         past_end = torch.arange(longest, device=sequences.device) >= self.lengths
         return sequences.masked_fill(past_end, self.pad_token_id)
-
-
-def at_nodes(vectors: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-    """(batch, nodes, size) at (batch, n) -> (batch, n, size)."""
-    return vectors.gather(1, nodes.to(vectors.device)[:, :, None].expand(-1, -1, vectors.shape[-1]))

@@ -79,8 +79,14 @@ class StaticDecoder(SpeculativeDecoder):
         for layer in self.cache.layers:
             mark_static_address(layer.keys)
             mark_static_address(layer.values)
-        owners = [(self.rows, name) for name in Rows.STATE] + [(self.cache, name) for name in _CACHE_STATE]
-        for owner, name in [*owners, (self.cache.slots, "rows")]:
+        state = self.drafting.state
+        owners = (
+            (self.rows, Rows.STATE),
+            (state, state.STATE),
+            (self.cache, _CACHE_STATE),
+            (self.cache.slots, ("rows",)),
+        )
+        for owner, name in ((owner, name) for owner, names in owners for name in names):
             key, value = f"{type(owner).__name__}.{name}", getattr(owner, name)
             kept = self.workspace.tensors.get(key)
             if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):

@@ -19,6 +19,11 @@ class Verified(NamedTuple):
     nodes: torch.Tensor
     n_tokens: torch.Tensor
 
+    @property
+    def last(self) -> torch.Tensor:
+        """(batch, 1), the place of the last token; of a row that has ended, which has none, the first place."""
+        return (self.n_tokens[:, None] - 1).clamp(min=0)
+
 
 def accept_drawn(drawn: torch.Tensor, tree: CandidateTree) -> Verified:
     """Descends from the root while the token drawn at a node is a child of it.

@@ -160,7 +160,7 @@ def held_out_texts(args) -> tuple[PreTrainedModel, dict[str, Continuations]]:
         for temperature in tqdm((0.0, 1.0), desc="texts to measure on", unit="text a prompt", leave=False)
     )
     varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in greedy.labels.tolist()])
-    return base_model, {"greedy": Continuations(*(part[varied] for part in greedy)), "sampled": sampled}
+    return base_model, {"greedy": greedy.rows(varied), "sampled": sampled}
 
 
 def measure(folder: Path, base_model: PreTrainedModel, texts: dict[str, Continuations]) -> dict:
@@ -169,7 +169,8 @@ def measure(folder: Path, base_model: PreTrainedModel, texts: dict[str, Continua
     speculator = AutoModel.from_pretrained(stages[-1])
     row = {"n_predict": speculator.config.n_predict, "parameters": speculator.num_parameters(), "losses": {}}
     for name, written in texts.items():
-        accepted = evaluation.accepted_drafts(speculator.beside(base_model), written.states, written.labels)
+        drafter = speculator.beside(base_model)
+        accepted = evaluation.accepted_drafts(drafter, written.starts(drafter), written.labels)
         steps, tokens = evaluation.simulate_steps(accepted, (written.labels != -100).sum(-1))
         row[name] = tokens / steps
     for stage in stages:

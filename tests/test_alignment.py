@@ -43,7 +43,7 @@ def counting(llama):
 def test_stage_1_alignment(tmp_path, counting, n_predict):
     trainer = SpeculatorTrainer(speculator(n_predict), counting, arguments(tmp_path))
     text = torch.arange(20).repeat(2, 1)
-    hidden_states, input_ids, labels, _ = trainer.batch({"input_ids": text})
+    hidden_states, input_ids, labels, *_ = trainer.batch({"input_ids": text})
     read = hidden_states[0, :, 0].long()  # the token at each position
     assert read.tolist() == list(range(20 - n_predict - 1))  # from the first on, as far as every head has a target
     for position, token in enumerate(read.tolist()):
@@ -57,7 +57,7 @@ def test_stage_1_alignment(tmp_path, counting, n_predict):
 def test_stage_2_alignment(tmp_path, counting, n_predict):
     trainer = DistillationTrainer(speculator(n_predict), counting, arguments(tmp_path), generation_length=10)
     prompts = torch.tensor([[3, 50, 20], [7, 7, 30]])  # generated: 21, 22, ... and 31, 32, ...
-    hidden_states, input_ids, labels, _ = trainer.batch({"input_ids": prompts})
+    hidden_states, input_ids, labels, *_ = trainer.batch({"input_ids": prompts})
     for row, last in enumerate([20, 30]):
         read = hidden_states[row, :, 0].long().tolist()
         assert read == [last + i for i in range(10 - n_predict)]  # the prompt's last position comes first
@@ -88,7 +88,7 @@ def test_documents_that_share_a_sequence(tmp_path, counting):
     trainer = SpeculatorTrainer(speculator(), counting, arguments(tmp_path))
     text = torch.tensor([[*range(9), *range(30, 39)]])
     position_ids = torch.tensor([[*range(9), *range(9)]])
-    hidden_states, _, labels, _ = trainer.batch({"input_ids": text, "position_ids": position_ids})
+    hidden_states, _, labels, *_ = trainer.batch({"input_ids": text, "position_ids": position_ids})
     read = hidden_states[0, :, 0].tolist()
     assert labels[0].tolist() == [*range(2, 9), -100, -100, -100, -100, *range(34, 39)]
     for head in range(3):

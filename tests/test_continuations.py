@@ -38,7 +38,7 @@ def test_states_are_what_the_tokens_were_drawn_from(model, cache):
     written = ContinuationSampler(model, 12, cache_implementation=cache)(prompts(), seed=0)
     assert written.states.shape == (6, 12, 32)
     text = torch.cat([prompts(), written.tokens], dim=1)
-    expected = read(model, text[:, :-1])[:, 4:]
+    expected = read(model, text[:, :-1]).hidden_states[:, 4:]
     ended = written.labels == -100  # nothing is trained on what comes after an end
     torch.testing.assert_close(written.states[~ended], expected[~ended], atol=1e-4, rtol=1e-4)
     assert ended.any() and not ended.all()

@@ -10,9 +10,10 @@ from tiny_models import tiny_model
 from torch import nn
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
+from modeling_speculator.context_vectors import recorded_states
 from modeling_speculator.families import output_logits
 from modeling_speculator.trainers import losses
-from modeling_speculator.trainers.base_model import check_output_logits, recorded_states
+from modeling_speculator.trainers.base_model import check_output_logits
 from modeling_speculator.trainers.chunked import chunked_linear
 from modeling_speculator.trainers.objective import Objective
 
@@ -263,7 +264,7 @@ def test_output_logits_are_those_of_every_family(family):
     tokens = torch.arange(6)[None]
     with torch.no_grad(), recorded_states(model) as states:
         expected = model(input_ids=tokens, use_cache=False).logits
-    torch.testing.assert_close(output_logits(model, states[0]), expected)
+    torch.testing.assert_close(output_logits(model, states[None][0]), expected)
 
 
 def test_a_family_whose_logits_are_not_known_is_refused():

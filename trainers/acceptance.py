@@ -1,11 +1,13 @@
 """Expected tokens per step of a speculator in training, on what the base model writes after held-out prompts."""
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..measuring.evaluation import accepted_drafts, simulate_steps
-from .continuations import Continuations, ContinuationSampler
+from .continuations import ContinuationSampler
 from .distribution import gathered
 
 
@@ -19,6 +21,7 @@ class ExpectedAcceptance:
         samplers: {name of the metric: how its texts are written}.
         n_prompts: at most, over all processes; spread evenly over the rows of a dataset.
         prompt_length: tokens of a row that are its prompt.
+        feature_layers: for a context layer, see `ContinuationSampler`.
         shows_bar: while the texts are written.
     """
 
@@ -29,9 +32,10 @@ class ExpectedAcceptance:
         n_prompts: int,
         prompt_length: int,
         seed: int,
+        feature_layers: Sequence[int] | None = None,
         shows_bar: bool = True,
     ):
-        self.samplers, self.accelerator = samplers, accelerator
+        self.samplers, self.accelerator, self.feature_layers = samplers, accelerator, feature_layers
         self.shows_bar = shows_bar and accelerator.is_main_process
         self.n_prompts, self.prompt_length, self.seed = n_prompts, prompt_length, seed
         self._prompts, self._texts = None, {}
@@ -42,7 +46,7 @@ class ExpectedAcceptance:
 
         Args:
             model: the speculator, as the trainer has it.
-            dataset: rows of `input_ids`.
+            dataset: rows of `input_ids`; with an `attention_mask`, of prompts after padding.
         """
         self._write(*self.prompts(dataset))
         speculator = self.accelerator.unwrap_model(model).beside(next(iter(self.samplers.values())).base_model)
@@ -51,30 +55,35 @@ class ExpectedAcceptance:
             for name, texts in self._texts.items():
                 totals = torch.zeros(2, dtype=torch.long)
                 for written in texts:
-                    written = Continuations(*(part.to(self.accelerator.device) for part in written))
-                    accepted = accepted_drafts(speculator, written.states, written.labels)
+                    written = written.to(self.accelerator.device)
+                    accepted = accepted_drafts(speculator, written.starts(speculator), written.labels)
                     totals += torch.tensor(simulate_steps(accepted, (written.labels != -100).sum(-1)))
                 steps, tokens = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
                 measured[name] = tokens / max(1, steps)
         return measured
 
     def prompts(self, dataset) -> tuple[torch.Tensor, int]:
-        """This process's prompts, as many as in every other, and how many of them no other process has, too."""
+        """This process's prompts and their mask, (2, prompts, prompt_length), as many as in every other, and how many
+        of them no other process has, too."""
         rows = min(len(dataset), self.n_prompts)
         share = -(-rows // self.accelerator.num_processes)
         first = self.accelerator.process_index * share
         numbers = [at % rows * len(dataset) // rows for at in range(first, first + share)]
-        prompts = torch.tensor([dataset[number]["input_ids"][: self.prompt_length] for number in numbers])
-        return prompts, max(0, min(share, rows - first))
+        rows_of = [dataset[number] for number in numbers]
+        prompts = torch.tensor([row["input_ids"] for row in rows_of])[:, : self.prompt_length]
+        mask = torch.ones_like(prompts)
+        if "attention_mask" in rows_of[0]:
+            mask = torch.tensor([row["attention_mask"] for row in rows_of])[:, : self.prompt_length]
+        return torch.stack([prompts, mask]), max(0, min(share, rows - first))
 
     def _write(self, prompts: torch.Tensor, n_own: int) -> None:
         if self._prompts is not None and torch.equal(prompts, self._prompts):
             return
         shown = {"desc": "texts to evaluate on", "unit": "batch", "leave": False, "disable": not self.shows_bar}
         for name, sampler in self.samplers.items():
-            parts = tqdm(prompts.to(self.accelerator.device).split(ROWS_TO_WRITE), **shown)
-            texts = [Continuations(*(part.cpu() for part in sampler(some, self.seed))) for some in parts]
-            for row in range(n_own, len(prompts)):  # these count in another process
+            parts = tqdm(prompts.to(self.accelerator.device).split(ROWS_TO_WRITE, dim=1), **shown)
+            texts = [sampler(some, self.seed, mask, self.feature_layers).to("cpu") for some, mask in parts]
+            for row in range(n_own, prompts.shape[1]):  # these count in another process
                 texts[row // ROWS_TO_WRITE].labels[row % ROWS_TO_WRITE] = -100
             self._texts[name] = texts
         self._prompts = prompts

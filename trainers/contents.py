@@ -11,6 +11,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ..loading import config_of
 from ..measuring.named_datasets import in_one_line
+from ..measuring.prompts import Prompt
 from ..measuring.text_files import suffix_of
 from .provenance import commit_in
 from .texts import matching_files
@@ -54,6 +55,13 @@ def of_files(patterns: list[str]) -> str:
     """What the files are that `data_files` names, in their order: their names don't count, but for the kind."""
     paths = matching_files(patterns)
     return _hash({f"{at:09}{suffix_of(path)}": Path(path) for at, path in enumerate(paths)}, "the data")
+
+
+def of_prompts(prompts: list[Prompt], held_out: list[list[Prompt]]) -> str:
+    """What prompts say, wherever they were read, and those that are left out of them."""
+    texts = [[prompt.turns[0], prompt.token_ids] for prompt in prompts]
+    not_these = sorted({turn for some in held_out for prompt in some for turn in prompt.turns})
+    return f"sha256:{_digest([texts, not_these])}"
 
 
 def _is_no_data(path: Path) -> bool:

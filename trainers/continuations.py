@@ -1,5 +1,6 @@
 """Text that the base model writes: what stage 2 trains on, and what acceptance is measured on."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -7,22 +8,41 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper
 
+from ..candidates import CandidateSelection
 from ..checks import check_positions
+from ..context_vectors import recorded_states
 from ..sampling import gumbel_noise, text_keys, token_keys
-from .base_model import read, recorded_states
+from .base_model import read
 from .distribution import is_sharded
 
 
 class Continuations(NamedTuple):
-    """
-    states: (batch, generation_length, emb_dim), the context vectors that the tokens were drawn from.
-    tokens: (batch, generation_length), what the base model wrote after each prompt.
-    labels: the same with -100 after an end of text.
+    """What the base model wrote after each prompt; for a context layer, after its prompt, which is m + 1 tokens.
+
+    states: (batch, m + generation_length, emb_dim), the context vectors that the tokens were drawn from.
+    tokens: (batch, m + generation_length).
+    labels: (batch, generation_length), the last tokens with -100 after an end of text.
+    features: (batch, m + generation_length, ...), what enters layers of the base model; None where not asked for.
+    segments: (batch, m + generation_length), 0 at padding before a prompt, else 1; None where there is no prompt.
     """
 
     states: torch.Tensor
     tokens: torch.Tensor
     labels: torch.Tensor
+    features: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Continuations":
+        return Continuations(*(part if part is None else part.to(device) for part in self))
+
+    def rows(self, rows: torch.Tensor) -> "Continuations":
+        """Some of the batch."""
+        return Continuations(*(part if part is None else part[rows] for part in self))
+
+    def starts(self, drafter: CandidateSelection) -> torch.Tensor:
+        """(batch, generation_length, emb_dim), what drafts after these tokens start from."""
+        states = drafter.with_context(self.states, self.tokens, self.features, self.segments)
+        return states[:, self.tokens.shape[1] - self.labels.shape[1] :]
 
 
 class ContinuationSampler:
@@ -66,33 +86,69 @@ class ContinuationSampler:
         )
 
     @torch.no_grad()
-    def __call__(self, prompts: torch.Tensor, seed: int) -> Continuations:
-        """Continues prompts (batch, prompt_length)."""
-        prompt_length = prompts.shape[1]
-        if self.config.cache_implementation is None:
-            with recorded_states(self.base_model) as states:
-                texts = self.write(prompts, seed)
-            # The prompt's last position, then one position a forward.
-            states = torch.cat([part[:, -1:] for part in states], dim=1)
-            states = F.pad(states, (0, 0, 0, self.generation_length - states.shape[1]))
-        else:
-            texts = self.write(prompts, seed)
-            states = read(self.base_model, texts[:, :-1])[:, prompt_length - 1 :]
-        tokens = texts[:, prompt_length:]
-        return Continuations(states, tokens, self.labels(tokens))
+    def __call__(
+        self,
+        prompts: torch.Tensor,
+        seed: int,
+        mask: torch.Tensor | None = None,
+        feature_layers: Sequence[int] | None = None,
+    ) -> Continuations:
+        """Continues prompts (batch, prompt_length).
 
-    def write(self, prompts: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
-        """Prompts and what comes after, (batch, prompt_length + generation_length); one seed, or (batch,) of them."""
+        Args:
+            mask: (batch, prompt_length), 0 at padding before a prompt; None where there is none.
+            feature_layers: for a context layer, which reads the prompts, too: layers whose input it reads.
+        """
+        if feature_layers is None and self.config.cache_implementation is None:
+            with recorded_states(self.base_model) as states:
+                tokens = self.write(prompts, seed, mask)[:, prompts.shape[1] :]
+            # The prompt's last position, then one position a forward.
+            states = torch.cat([part[:, -1:] for part in states[None]], dim=1)
+            states = F.pad(states, (0, 0, 0, self.generation_length - states.shape[1]))
+            return Continuations(states, tokens, self.labels(tokens))
+        return self.read(self.write(prompts, seed, mask), mask, feature_layers)
+
+    @torch.no_grad()
+    def read(
+        self, texts: torch.Tensor, mask: torch.Tensor | None = None, feature_layers: Sequence[int] | None = None
+    ) -> Continuations:
+        """What was written, as the base model reads it in one forward.
+
+        Args:
+            texts: (batch, prompt_length + generation_length), of `write`.
+            mask, feature_layers: as above.
+        """
+        prompt_length = texts.shape[1] - self.generation_length
+        padding = 0 if mask is None else _common_padding(mask)
+        texts, prompt_length = texts[:, padding:], prompt_length - padding
+        if mask is not None:
+            mask = F.pad(mask[:, padding:], (0, self.generation_length - 1), value=1)
+        reading = read(self.base_model, texts[:, :-1], attention_mask=mask, feature_layers=feature_layers or ())
+        labels = self.labels(texts[:, prompt_length:])
+        if feature_layers is None:
+            return Continuations(reading.hidden_states[:, prompt_length - 1 :], texts[:, prompt_length:], labels)
+        return Continuations(reading.hidden_states, texts[:, 1:], labels, reading.features, mask)
+
+    def write(self, prompts: torch.Tensor, seed: int | torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Prompts and what comes after, (batch, prompt_length + generation_length).
+
+        Args:
+            seed: one, or (batch,) of them.
+            mask: (batch, prompt_length), 0 at padding before a prompt.
+        """
         check_positions(self.base_model, prompts.shape[1] + self.generation_length)
-        processors = [] if self.is_greedy else [*self.warpers, _Noise(text_keys(prompts, seed))]
+        mask = torch.ones_like(prompts) if mask is None else mask
+        padding = _common_padding(mask)
+        processors = [] if self.is_greedy else [*self.warpers, _Noise(text_keys(prompts, seed), padding)]
         with torch.autocast(prompts.device.type, enabled=False), self._own_generation_config():
             texts = self.base_model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
+                prompts[:, padding:],
+                attention_mask=mask[:, padding:],
                 generation_config=self.config,
                 logits_processor=processors,
                 synced_gpus=is_sharded(self.base_model),
             )
+        texts = torch.cat([prompts[:, :padding], texts], dim=1)
         length = prompts.shape[1] + self.generation_length
         return F.pad(texts, (0, length - texts.shape[1]), value=self.config.pad_token_id)
 
@@ -111,13 +167,18 @@ class ContinuationSampler:
             self.base_model.generation_config = theirs
 
 
+def _common_padding(mask: torch.Tensor) -> int:
+    """Columns at the beginning that hold padding in all rows."""
+    return mask.shape[1] - int(mask.sum(-1).max())
+
+
 class _Noise(LogitsProcessor):
     """Gumbel-max: the most probable token of these scores is a sample of the ones before."""
 
-    def __init__(self, row_keys: torch.Tensor):
-        self.row_keys = row_keys
+    def __init__(self, row_keys: torch.Tensor, padding: int):
+        self.row_keys, self.padding = row_keys, padding
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        positions = torch.full_like(self.row_keys[:, None], input_ids.shape[1])
+        positions = torch.full_like(self.row_keys[:, None], self.padding + input_ids.shape[1])
         tokens = token_keys(scores.shape[-1], scores.device)
         return scores + gumbel_noise(self.row_keys[:, None], positions, tokens)[:, 0]

@@ -14,6 +14,7 @@ from ..measuring.text_files import rows_of
 from .documents import LeftOut, tokenized, warn
 from .texts import FileRows, Texts, check_column, load_texts, read_rows
 from .training_args import DataArguments
+from .whole_prompts import load_whole_prompts
 
 
 def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, stage: int = 1, seed: int = 0):
@@ -24,11 +25,13 @@ def load_rows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, stage: in
 
     Returns:
         A `datasets.Dataset`, or `IterableDataset` of a stream, and a `datasets.Dataset` or None. Columns: `input_ids`,
-        and `position_ids` where documents are kept apart.
+        and `position_ids` where documents are kept apart, or `attention_mask` where prompts are whole.
 
     Raises:
         ValueError: where the data can't be found or read, or are too few.
     """
+    if data.prompts is not None and stage == 2:
+        return split(load_whole_prompts(data, tokenizer), data.validation_fraction, data.validation_sequences)
     texts = load_texts(data)
     # A prompt is whatever comes before a continuation: the end of another document, too.
     cut = (data.sequence_length, data.separate_documents) if stage == 1 else (data.prompt_length, False)

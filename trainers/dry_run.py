@@ -9,9 +9,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checks import check_positions, check_shapes
+from ..context_vectors import Reading
 from ..drafters import DRAFTERS
 from ..families import output_logits
 from ..loading import base_model_config, speculator_config
+from ..measuring.prompts import read_prompts
 from ..transformers_api import fake_tensors, storage_id
 from .alignment import TrainingBatch, align
 from .base_model import read
@@ -56,7 +58,10 @@ def dry_run(args: list[str]) -> dict:
 
 def _find_data(data: DataArguments) -> None:
     """Raises a ValueError where files or folders are not there; what may be a dataset of the Hub is not looked for."""
-    if data.dataset is None or data.data_files is not None or Path(data.dataset).exists():
+    if data.prompts is not None:
+        for file in (data.prompts, *(data.held_out_prompts or ())):
+            read_prompts(file)
+    elif data.dataset is None or data.data_files is not None or Path(data.dataset).exists():
         load_texts(replace(data, streaming=True))  # of which nothing is read yet
 
 
@@ -68,9 +73,12 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
     new_tokens = data.sequence_length if training.stage == 1 else data.generation_length
     length = new_tokens if training.stage == 1 else data.prompt_length + new_tokens
     text = torch.zeros(rows, length, dtype=torch.long)
-    states = read(base_model, text[:, :-1])[:, 1 - new_tokens - (training.stage == 2) :]
-    tokens = text[:, -states.shape[1] :]
-    batch = align(states, tokens, tokens, speculator.config.n_predict)
+    cell, labels = speculator.speculator, text[:, 1 - new_tokens - (training.stage == 2) :]
+    reading = read(base_model, text[:, :-1], feature_layers=cell.feature_layers)
+    if not cell.reads_text:
+        reading = Reading(reading.hidden_states[:, -labels.shape[1] :], None)
+    tokens = text[:, -reading.hidden_states.shape[1] :]
+    batch = align(reading, tokens, labels, speculator.config.n_predict)
     objective = Objective(
         training.loss,
         training.weights_of("loss_weights", len(training.loss)),
@@ -188,7 +196,8 @@ def _saved_for_backward(
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         base_logits = partial(output_logits, base_model, vocab_size=speculator.config.vocab_size)
         options = {"next_states": batch.next_states, "base_logits": base_logits}
-        out = speculator(*batch[:3], objective=partial(objective, **options), base_model=base_model)
+        options = {"objective": partial(objective, **options), "base_model": base_model, "features": batch.features}
+        out = speculator(*batch[:3], **options)
     assert out.losses.shape == (speculator.config.n_predict,)
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -36,12 +36,12 @@ def write_continuations(
     The prompts come in a random order, and again in another, with other continuations, where there are too few.
 
     Args:
-        prompts: a column `input_ids` of rows of equal length.
+        prompts: a column `input_ids` of rows of equal length; with an `attention_mask`, of prompts after padding.
         batch_size: prompts that a process continues at once.
         described: what the continuations depend on (base model, lengths, sampling), in JSON's types.
 
     Returns:
-        Columns `input_ids` and `continuation`, `n_rows` rows.
+        Those of the prompts and `continuation`, `n_rows` rows.
 
     Raises:
         ValueError: if the folder holds continuations that were made otherwise, or another launch writes there.
@@ -70,7 +70,7 @@ def write_continuations(
                 texts = _continue(range(done, end), prompts, order, sampler, accelerator, batch_size, seed)
                 files.append(folder / f"{done:09}-{end:09}.parquet")
                 if accelerator.is_main_process:
-                    _write(files[-1], texts, sampler.generation_length)
+                    _write(files[-1], texts)
                 progress.update(end - done)
                 done = end
         accelerator.wait_for_everyone()
@@ -85,8 +85,8 @@ def _continue(
     accelerator: Accelerator,
     batch_size: int,
     seed: int,
-) -> torch.Tensor:
-    """Texts of some rows, (rows, prompt_length + generation_length), the same in every process.
+) -> dict[str, torch.Tensor]:
+    """Columns of some rows, prompts and what comes after them, the same in every process.
 
     Args:
         order: of the prompts in each round.
@@ -95,13 +95,19 @@ def _continue(
     share = -(-len(numbers) // processes)  # as many in every process: a sharded base model needs all of them
     first = accelerator.process_index * share
     mine = [numbers[at % len(numbers)] for at in range(first, first + share)]
-    texts = []
+    written = []
     for at in range(0, share, batch_size):
         some = mine[at : at + batch_size]
         rounds = torch.tensor([number // len(prompts) for number in some], device=accelerator.device)
-        rows = [prompts[order(number // len(prompts))[number % len(prompts)]]["input_ids"] for number in some]
-        texts.append(sampler.write(torch.tensor(rows, device=accelerator.device), seed + 2**32 * (rounds + 1)))
-    return accelerator.gather(torch.cat(texts))[: len(numbers)]
+        rows = [prompts[order(number // len(prompts))[number % len(prompts)]] for number in some]
+        columns = {name: torch.tensor([row[name] for row in rows], device=accelerator.device) for name in rows[0]}
+        input_ids, mask = columns["input_ids"], columns.get("attention_mask")
+        texts = sampler.write(input_ids, seed + 2**32 * (rounds + 1), mask)
+        written.append(columns | {"continuation": texts[:, input_ids.shape[1] :]})
+    return {
+        name: accelerator.gather(torch.cat([columns[name] for columns in written]))[: len(numbers)]
+        for name in written[0]
+    }
 
 
 def _digest(prompts: datasets.Dataset) -> str:
@@ -121,9 +127,8 @@ def _finished(folder: Path) -> tuple[list[Path], int]:
     return files, done
 
 
-def _write(file: Path, texts: torch.Tensor, generation_length: int) -> None:
+def _write(file: Path, columns: dict[str, torch.Tensor]) -> None:
     """All of it or nothing: the name appears when the file is whole."""
-    columns = {"input_ids": texts[:, :-generation_length], "continuation": texts[:, -generation_length:]}
     rows = datasets.Dataset.from_dict({name: ids.int().cpu().numpy() for name, ids in columns.items()})
     unfinished = file.with_suffix(".unfinished")
     rows.to_parquet(str(unfinished))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from ..measuring.prompts import read_prompts
 from . import contents
 from .launch import in_main_process
 from .provenance import defaults
@@ -30,7 +31,7 @@ _HOW = {
 _HOW_FROM = ("logging_", "log_", "eval_", "save_", "hub_", "ddp_", "trackio_", "dry_run", "do_", "include_")
 _HOW_FROM += ("activation_checkpointing", "gradient_checkpointing")
 _IN_THE_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-_IN_CONTENTS = {"base_model_revision", "dataset_revision"}  # commits stand for them
+_IN_CONTENTS = {"base_model_revision", "dataset_revision", "held_out_prompts"}  # other entries stand for them
 _UNUSED = {1: {"prompt_length", "generation_length"}, 2: {"sequence_length", "separate_documents"}}  # but to evaluate
 
 
@@ -71,6 +72,9 @@ def _contents(model: ModelArguments, data: DataArguments, args: SpeculatorTraini
         known["dataset"] = named(data.dataset, found)
     if data.data_files is not None:
         known["data_files"] = named(", ".join(data.data_files), contents.of_files(data.data_files))
+    if data.prompts is not None:
+        read = read_prompts(data.prompts), [read_prompts(file) for file in data.held_out_prompts or ()]
+        known["prompts"] = named(data.prompts, contents.of_prompts(*read))
     elsewhere = args.resume_from_checkpoint
     if elsewhere is not None and Path(elsewhere).is_dir() and not lies_in(elsewhere, args.output_dir):
         known["resume_from_checkpoint"] = named(elsewhere, contents.of_model(elsewhere))

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..cells import Cell
 from ..checks import check_positions, check_shapes
 from ..families import output_logits
 from ..model_cards.provenance_file import is_about, read_provenance, weights_in, write_provenance
@@ -77,7 +78,9 @@ class SpeculatorTrainer(PublishingTrainer):
         prepare_fsdp(model, self.accelerator)
         facts = known_before(args, base_model, model) | (facts or {})
         self.base_model = place_base_model(base_model, self.accelerator, args.shard_base_model)
-        check_layers_of_the_base_model(model, self.base_model)
+        cell = check_layers_of_the_base_model(model, self.base_model)
+        # Of the base model, for a context layer: what enters them; None for heads that read context vectors alone.
+        self.feature_layers = cell.feature_layers if cell.reads_text else None
         config = model.config
         self.n_predict, self.vocab_size = config.n_predict, config.vocab_size
         self.objective = Objective(
@@ -114,6 +117,7 @@ class SpeculatorTrainer(PublishingTrainer):
             args.evaluation_prompts,
             prompt_length,
             self.generation_seed,
+            self.feature_layers,
             shows_bar=not args.disable_tqdm,
         )
         self.heads, self.watch = HeadWindow(), Stopwatch(args.device)
@@ -122,7 +126,7 @@ class SpeculatorTrainer(PublishingTrainer):
         self._divisor = None  # of the sums of losses of a step's micro-batches
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "position_ids", "continuation"]
+        self._signature_columns = ["input_ids", "position_ids", "attention_mask", "continuation"]
 
     def _datasets(self) -> list:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -134,8 +138,10 @@ class SpeculatorTrainer(PublishingTrainer):
         """Stage 1: all of the text, from its first token on."""
         text, position_ids = inputs["input_ids"], inputs.get("position_ids")
         with self.watch.measure("base_model", text.numel()):
-            states = read(self.base_model, text[:, :-1], None if position_ids is None else position_ids[:, :-1])
-        return align(states, text[:, 1:], self.labels(inputs), self.n_predict)
+            positions = None if position_ids is None else position_ids[:, :-1]
+            reading = read(self.base_model, text[:, :-1], positions, feature_layers=self.feature_layers or ())
+        segments = None if positions is None else (positions == 0).cumsum(-1)
+        return align(reading, text[:, 1:], self.labels(inputs), self.n_predict, segments)
 
     def labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The tokens after the first one, with -100 in place of those that are no targets.
@@ -175,7 +181,8 @@ class SpeculatorTrainer(PublishingTrainer):
             training=model.training,
             divisor=self._divisor if model.training else None,
         )
-        outputs = model(*batch[:3], objective=objective, base_model=self.base_model)
+        context = {"features": batch.features, "segments": batch.segments}
+        outputs = model(*batch[:3], objective=objective, base_model=self.base_model, **context)
         if model.training:
             self.heads.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -281,8 +288,12 @@ class SpeculatorTrainer(PublishingTrainer):
         return loss, tuple(values.contiguous() for values in of_rows), outputs.counted.contiguous()
 
 
-def check_layers_of_the_base_model(model: PreTrainedModel, base_model: PreTrainedModel) -> None:
-    """Raises a ValueError where a speculator's heads use layers of the base model which are in parts, or another's."""
+def check_layers_of_the_base_model(model: PreTrainedModel, base_model: PreTrainedModel) -> Cell:
+    """A speculator's heads.
+
+    Raises:
+        ValueError: where they use layers of the base model which are in parts, another's, or not there.
+    """
     cell = (model.get_base_model() if isinstance(model, PeftModel) else model).speculator
     if cell.bound(base_model) is not cell and is_sharded(base_model):
         raise ValueError(
@@ -290,6 +301,7 @@ def check_layers_of_the_base_model(model: PreTrainedModel, base_model: PreTraine
             "`shard_base_model: false`."
         )
     cell.check_base_model(base_model)
+    return cell
 
 
 def _check_data(train_dataset, eval_dataset) -> None:

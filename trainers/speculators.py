@@ -24,13 +24,16 @@ _OF_A_NEW_ONE = (
     "top_k_tokens_per_head",
     "n_candidates",
     "method",
+    "feature_layers",
+    "context_heads",
+    "context_inner_dim",
     "tie_weights",
     "scale_input",
 )
 
 
 # All products with weights of either cell, but for the one that nothing reads; embeddings stay as they are.
-_LORA_TARGETS = r".*(proj|proj_in|proj_out|head)\.\d+(?<!forget_proj\.0)"
+_LORA_TARGETS = r".*(proj|proj_in|proj_out|head)\.\d+(?<!forget_proj\.0)|.*context\.(?!.*norm).*"
 
 
 def load_or_create_speculator(
@@ -70,7 +73,12 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
                 f"`tie_to_base_model` makes the base model's embeddings, {config.hidden_size} wide, those of all "
                 "heads: drop `tie_weights` and `inner_dim`."
             )
-    return config_class_of(given.get("method", MLPSpeculatorConfig.method))(
+    method = given.get("method", MLPSpeculatorConfig.method)
+    config_class = config_class_of(method)
+    unknown = sorted(key for key in given if not hasattr(config_class, key))
+    if unknown:
+        raise ValueError(f"`method: {method}` has no {', '.join(unknown)}: that is for `method: context`.")
+    return config_class(
         vocab_size=config.vocab_size,
         emb_dim=config.hidden_size,
         base_model_name_or_path=args.base_model,

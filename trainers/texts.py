@@ -46,6 +46,8 @@ def load_texts(data: DataArguments) -> Texts:
     Raises:
         ValueError: unless exactly one source is named; for a source that is missing, empty, broken or of unknown kind.
     """
+    if data.prompts is not None:
+        raise ValueError("Whole `prompts` are for stage 2, in place of a `dataset` and `data_files`.")
     if (data.dataset is None) == (data.data_files is None):
         raise ValueError(
             f"Name a `dataset` or `data_files`, one of both; got {data.dataset!r} and {data.data_files!r}."

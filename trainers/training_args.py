@@ -48,8 +48,13 @@ class ModelArguments:
     method: str | None = option(
         None,
         "METHOD",
-        f"sum_rnn (published), sum_lstm (gated), residual, medusa or unconditioned (default: {_NEW.method})",
+        f"sum_rnn (published), sum_lstm (gated), residual, context, medusa or unconditioned (default: {_NEW.method})",
     )
+    feature_layers: list[int] | None = option(
+        None, "LAYERS", "method context: of the base model, counted from 0, to read what enters them (default: none)"
+    )
+    context_heads: int | None = option(None, "HEADS", "likewise: of its attention (default: one for 64 numbers)")
+    context_inner_dim: int | None = option(None, "WIDTH", "likewise: of its SwiGLU (default: twice the base model's)")
     tie_weights: bool | None = option(None, "true|false", "share the weights among the heads (default: false)")
     scale_input: bool | None = option(None, "true|false", "normalise the context vector (default: false)")
     tie_to_base_model: bool = option(
@@ -83,8 +88,14 @@ class DataArguments:
     validation_fraction: float = option(0.01, "SHARE", "of the sequences held out; 0: none ...")
     validation_sequences: int = option(256, "SEQUENCES", "... but no more than these; of a stream, exactly these")
     sequence_length: int = option(4096, "TOKENS", "stage 1: of a sequence")
-    prompt_length: int = option(64, "TOKENS", "stage 2 and evaluation: of a prompt")
+    prompt_length: int = option(64, "TOKENS", "stage 2 and evaluation: of a prompt; the most, of whole `prompts`")
     generation_length: int = option(256, "TOKENS", "stage 2 and evaluation: generated after a prompt")
+    prompts: str | None = option(
+        None, "FILE", "stage 2, in place of a dataset: whole prompts, in the chat template if there is one"
+    )
+    held_out_prompts: list[str] | None = option(
+        None, "FILE", "prompts to measure on: of those to train on, the same ones are left out (default: none)"
+    )
     generated_dataset: str | None = option(
         None, "FOLDER", "stage 2: keeps the continuations; what is there is trained on (default: none)"
     )
@@ -94,6 +105,10 @@ class DataArguments:
         for name in lengths:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        if self.prompts is not None and (self.dataset, self.data_files) != (None, None):
+            raise ValueError("Whole `prompts` are trained on in place of a `dataset` and `data_files`: drop those.")
+        if self.held_out_prompts and self.prompts is None:
+            raise ValueError("`held_out_prompts` are left out of `prompts`: name these, too.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be from 0 to below 1, but is {self.validation_fraction}.")
 

@@ -6,12 +6,12 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..candidates import CandidateSelection
 from ..checks import main_device
-from ..context_vectors import read_context_vectors
 from ..lookup import lookup_tokens
 from ..statistics import SpeculationStatistics
 from ..vocabularies import beside
-from .evaluation import accepted_drafts, accepted_lookups, loops, simulate_emissions
+from .evaluation import accepted_drafts, accepted_lookups, loops, simulate_emissions, starts_of_drafts
 from .prompts import Prompt, encode, pad_left, too_long
 from .records import RecordFile
 
@@ -120,7 +120,7 @@ def measure_acceptance(
     beyond = torch.arange(texts.shape[1], device=input_ids.device) >= lengths[:, None]
     # What a head would guess past the end counts as wrong, and is not counted.
     tokens = F.pad(texts.masked_fill(beyond, -100), (0, n_predict), value=-100)
-    states = read_context_vectors(model, out.sequences, attention_mask)[:, length - 1 : -1]
+    states = starts_of_drafts(model, speculator, out.sequences, attention_mask)[:, length - 1 :]
     accepted = accepted_drafts(beside(model, speculator), states, tokens)
     if n_lookup_tokens := lookup_tokens(speculator.config):
         looked_up = accepted_lookups(input_ids, attention_mask, tokens[:, : accepted.shape[1]], n_lookup_tokens)
@@ -147,7 +147,7 @@ def head_accuracy(
     """How often each head is right, fed the true tokens.
 
     Args:
-        hidden_states: (batch, n, emb_dim), the context vectors that the first n tokens were drawn from.
+        hidden_states: (batch, n, emb_dim), what drafts after the first n tokens start from.
         tokens: (batch, n + n_predict), -100 where there is none.
         chunk_elements: logits at a time.
         base_model: needed by heads that use layers of it.
@@ -160,13 +160,13 @@ def head_accuracy(
     totals = torch.zeros(3, config.n_predict, batch, dtype=torch.long, device=tokens.device)
     if config.n_predict == 0:  # prompt lookup
         return tuple(totals.transpose(1, 2))
+    is_bound = base_model is not None and isinstance(speculator, CandidateSelection)
+    score = speculator.beside(base_model).score if is_bound else lambda *read: speculator(*read).logits
     width = max(1, chunk_elements // (config.n_predict * batch * config.vocab_size))
     for at in range(0, n, width):
         end = min(at + width, n)
         read = tokens[:, at : end + config.n_predict - 1].clamp(0, config.vocab_size - 1)
-        logits = speculator(
-            hidden_states[:, at:end], read, base_model=base_model
-        ).logits  # (n_predict, batch, end - at, vocab)
+        logits = score(hidden_states[:, at:end], read)  # (n_predict, batch, end - at, vocab)
         truth = tokens[:, at + 1 : end + config.n_predict].unfold(1, end - at, 1).transpose(0, 1)
         for head, k in enumerate(config.top_k_tokens_per_head):
             right = logits[head].topk(k).indices == truth[head][..., None]  # of equals, those that are drafted

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..context_vectors import read_text
 from ..lookup import continuation
+from ..vocabularies import beside
 
 
 def generate_greedily(model, prompt: torch.Tensor, max_new_tokens: int, **kwargs):
@@ -27,6 +29,25 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 @torch.no_grad()
+def starts_of_drafts(model, speculator, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What drafts start from along a finished text, by one forward: (batch, length - 1, emb_dim).
+
+    At place t, of the draft after token t + 1: the context vector that it was drawn from, or what a context layer
+    makes of that and of those before.
+
+    Args:
+        text: (batch, length), left-padded.
+        attention_mask: (batch, <= length), of its beginning, 0 at padding.
+    """
+    drafter, layers = beside(model, speculator), getattr(speculator.config, "feature_layers", None) or ()
+    reading = read_text(model, text[:, :-1], attention_mask[:, : text.shape[1] - 1], layers)
+    if not getattr(drafter, "reads_text", False):
+        return reading.hidden_states
+    segments = torch.nn.functional.pad(attention_mask, (0, text.shape[1] - attention_mask.shape[1]), value=1)
+    return drafter.with_context(reading.hidden_states, text[:, 1:], reading.features, segments[:, :-1])
+
+
+@torch.no_grad()
 def accepted_drafts(
     speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27
 ) -> torch.Tensor:
@@ -36,7 +57,7 @@ def accepted_drafts(
 
     Args:
         speculator: drafts by its dials.
-        hidden_states: (batch, length, emb_dim), the context vectors that the tokens were drawn from.
+        hidden_states: (batch, length, emb_dim), what drafts after the tokens start from (`starts_of_drafts`).
         tokens: (batch, length); -100 where nothing can be accepted, as after an end of text.
         chunk_elements: logits of the widest level of the trees that are drafted at once.
 

@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from ..candidate_tree import CandidateTree, max_nodes
 from ..configuration_mlp_speculator import DIALS
-from ..context_vectors import read_context_vectors
 from ..drafters import dials_of, turned
 from ..lookup import lookup_tokens
 from ..vocabularies import beside
 from .benchmarking import seconds_in_turn
-from .evaluation import accepted_drafts, accepted_lookups, simulate_emissions
+from .evaluation import accepted_drafts, accepted_lookups, simulate_emissions, starts_of_drafts
 from .latency import BETWEEN
 
 
@@ -45,7 +44,7 @@ class StepCost:
 
 
 class Texts:
-    """What the base model writes greedily after prompts of one length, and the context vectors of that.
+    """What the base model writes greedily after prompts of one length, and what one speculator drafts there.
 
     Args:
         prompts: (n, length), unpadded.
@@ -55,12 +54,20 @@ class Texts:
     def __init__(self, model, prompts: torch.Tensor, new_tokens: int, batch_size: int = 16):
         self.model, self.prompts, self.new_tokens, length = model, prompts, new_tokens, prompts.shape[1]
         options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        texts, states = [], []
+        texts = []
         for some in tqdm(prompts.split(batch_size), desc="texts", unit="batch", leave=False):
             texts.append(model.generate(some, attention_mask=torch.ones_like(some), **options))
-            states.append(read_context_vectors(model, texts[-1], torch.ones_like(some))[:, length - 1 : -1])
-        self.tokens, self.states = torch.cat(texts)[:, length:], torch.cat(states)
+        self.texts, self.batch_size = torch.cat(texts), batch_size
+        self.tokens, self._starts = self.texts[:, length:], None
         self._drafts, self._lookups = {}, {}  # what would be accepted: by the heads' dials, by the tokens of a branch
+
+    def starts(self, speculator) -> torch.Tensor:
+        """What the speculator's drafts start from: (n, new_tokens, emb_dim)."""
+        if self._starts is None:
+            batches = self.texts.split(self.batch_size)
+            parts = [starts_of_drafts(self.model, speculator, some, torch.ones_like(some)) for some in batches]
+            self._starts = torch.cat(parts)[:, self.prompts.shape[1] - 1 :]
+        return self._starts
 
     def steps(self, speculator) -> torch.Tensor:
         """The steps that each text would have taken by the speculator's dials: (n,)."""
@@ -68,7 +75,7 @@ class Texts:
         dials = str({dial: getattr(config, dial) for dial in DIALS if dial != "n_lookup_tokens"})
         if dials not in self._drafts:
             tokens = torch.nn.functional.pad(self.tokens, (0, config.n_predict), value=-100)
-            self._drafts[dials] = accepted_drafts(beside(self.model, speculator), self.states, tokens)
+            self._drafts[dials] = accepted_drafts(beside(self.model, speculator), self.starts(speculator), tokens)
         accepted = self._drafts[dials]
         if n := lookup_tokens(config):
             if n not in self._lookups:
@@ -88,7 +95,7 @@ class Texts:
         if config.n_candidates == 0 or config.n_tree_nodes is not None:
             return float(max_nodes(config))
         drafter, roots = beside(self.model, speculator), self.tokens.reshape(-1, 1)
-        states = self.states.flatten(0, 1)[:, None]
+        states = self.starts(speculator).flatten(0, 1)[:, None]
         sizes = []
         for some in torch.arange(0, len(roots), max(1, len(roots) // 512)).split(32):
             candidates = drafter.generate_candidates(states[some], roots[some])

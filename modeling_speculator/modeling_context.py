@@ -1,0 +1,118 @@
+"""A residual speculator behind a context layer: its heads start from vectors that have attended to the text."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .context_layer import ContextLayer
+from .context_state import ContextState
+from .drafter_state import Call
+from .modeling_residual import ResidualCell, ResidualConfig, ResidualSpeculator
+
+
+class ContextConfig(ResidualConfig):
+    """Shape and dials as of `ResidualConfig`.
+
+    Args:
+        context_heads: attention heads of the layer; 0 means one for 64 numbers of `emb_dim`.
+        context_inner_dim: width of the layer's SwiGLU; 0 means twice `emb_dim`.
+        rope_theta: of its rotary positions.
+        feature_layers: layers of the base model, counted from 0, that the layer reads what enters of; empty, it reads
+            context vectors. (EAGLE-3, arXiv 2503.01840, takes 2, L // 2 and L - 3 of L layers.)
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    model_type = "context_speculator"
+    methods = ("context",)
+
+    method: str = "context"
+    context_heads: int = 0
+    context_inner_dim: int = 0
+    rope_theta: float = 10000.0
+    feature_layers: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("context_heads", "context_inner_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
+        if self.emb_dim % (2 * self.n_context_heads):
+            raise ValueError(
+                f"`emb_dim={self.emb_dim}` can't be split into {self.n_context_heads} heads of an even width: set "
+                "`context_heads`."
+            )
+        self.feature_layers = list(self.feature_layers or [])
+        wrong = [at for at in self.feature_layers if not isinstance(at, int) or isinstance(at, bool) or at < 0]
+        if wrong or len(set(self.feature_layers)) < len(self.feature_layers):
+            raise ValueError(f"`feature_layers` must be different integers from 0 on, but is {self.feature_layers}.")
+
+    @property
+    def n_context_heads(self) -> int:
+        return self.context_heads or max(1, self.emb_dim // 64)
+
+
+class ContextCell(ResidualCell):
+    """A residual cell whose first state is a context vector that has been through a context layer."""
+
+    reads_text = True
+
+    def __init__(self, config: ContextConfig):
+        super().__init__(config)
+        width, self.feature_layers = config.emb_dim, tuple(config.feature_layers)
+        inner_dim = config.context_inner_dim or 2 * width
+        self.context = ContextLayer(
+            width, config.n_context_heads, inner_dim, len(self.feature_layers), config.rope_theta
+        )
+
+    def check_base_model(self, base_model: PreTrainedModel) -> None:
+        super().check_base_model(base_model)
+        n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+        if max(self.feature_layers, default=0) >= n_layers:
+            raise ValueError(
+                f"`feature_layers={list(self.feature_layers)}` names a layer that {type(base_model).__name__} does "
+                f"not have: it has {n_layers}, counted from 0."
+            )
+
+    def start(self, call: Call) -> ContextState:
+        return ContextState(self.context, self._ends(), self.feature_layers, call)
+
+    def with_context(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        features: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        mask = None
+        if segments is not None:
+            mask = (segments[:, None] == segments[:, :, None]).tril()[:, None]
+        tokens = self._ends().embed(input_ids)
+        return self.context.attend(
+            hidden_states, *self.context.read(hidden_states, tokens, features, positions), mask=mask
+        )
+
+
+class ContextSpeculator(ResidualSpeculator):
+    """A context cell as a speculator."""
+
+    config_class = ContextConfig
+    cells = {"context": ContextCell}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ContextCell):
+            zeros = module.context.starting_at_zero()
+            for linear in (part for part in module.context.modules() if isinstance(part, nn.Linear)):
+                if linear in zeros:
+                    init.zeros_(linear.weight)
+                else:
+                    init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+
+__all__ = ["ContextConfig", "ContextSpeculator"]

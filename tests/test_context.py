@@ -1,0 +1,386 @@
+"""Drafters that know all verified tokens: a context layer, what it is told in a call, and how it is trained."""
+
+import gc
+import threading
+
+import datasets
+import pytest
+import torch
+from drafters import OracleWithContext, context_speculator
+from test_conversation import caches, tokens
+from tiny_models import VOCAB, prompts, tiny_model
+from torch.nn import functional as F
+from trainings import arguments, rows
+from transformers import AutoModel, CompileConfig, GenerationConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from modeling_speculator import PromptLookup, context_state
+from modeling_speculator.context_vectors import read_text
+from modeling_speculator.measuring.acceptance import measure_acceptance
+from modeling_speculator.measuring.evaluation import starts_of_drafts
+from modeling_speculator.modeling_context import ContextConfig, ContextSpeculator
+from modeling_speculator.trainers import (
+    DistillationTrainer,
+    ModelArguments,
+    SpeculatorTrainer,
+    load_or_create_speculator,
+)
+from modeling_speculator.transformers_api import CACHE, cache_of
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+def speculate(model, speculator, inputs, seed=0, **options):
+    """The text, by an oracle that is right on a random branch with probability 0.7, and how far its starts are off."""
+    options = GREEDY | options
+    torch.manual_seed(seed)
+    # Sampled text is ours, which does not depend on what is drafted.
+    off = {"assistant_model": PromptLookup()} if options["do_sample"] else {}
+    expected = model.generate(**inputs, **options, **off)
+    mask = inputs["attention_mask"].repeat_interleave(options.get("num_return_sequences", 1), dim=0)
+    oracle = OracleWithContext(model, speculator, expected, mask, p_right=0.7)
+    torch.manual_seed(seed)
+    out = model.generate(**inputs, **options, assistant_model=oracle, return_dict_in_generate=True)
+    assert out.sequences.tolist() == expected.tolist()
+    return oracle, out
+
+
+def farthest(oracle, out):
+    """Of all drafts of rows that had not ended, relative to the size of what they start from."""
+    steps = [row.steps for row in out.speculation.per_sequence]
+    used = [distance[row] for row, n in enumerate(steps) for distance in oracle.distances[:n]]
+    assert len(used) > 4
+    return max(used) / float(oracle.context_vectors.norm(dim=-1).mean())
+
+
+SAME = 1e-4
+
+
+# What it computes
+
+
+@torch.no_grad()
+def test_by_hand(llama):
+    """The layer is a Llama layer, between a product before and one after it."""
+    speculator = context_speculator(llama)
+    layer, text = speculator.speculator.context, tokens(9, rows=2)
+    reading = read_text(llama, text[:, :-1], torch.ones_like(text[:, :-1]), [0, 1])
+    expected_features = llama(text[:, :-1], output_hidden_states=True).hidden_states[:2]
+    torch.testing.assert_close(reading.features, torch.cat(expected_features, -1))
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, rms_norm_eps=1e-5, attn_implementation="eager"
+    )
+    theirs = LlamaDecoderLayer(config, 0)
+    weights = {
+        f"self_attn.{name}_proj.weight": part for name, part in zip("qkv", layer.qkv.weight.chunk(3), strict=True)
+    }
+    gate, up = layer.gate_up.weight.chunk(2)
+    weights |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+    weights |= {"self_attn.o_proj.weight": layer.attention_out.weight, "mlp.down_proj.weight": layer.down.weight}
+    weights["input_layernorm.weight"] = layer.attention_norm.weight
+    weights["post_attention_layernorm.weight"] = layer.mlp_norm.weight
+    theirs.load_state_dict(weights)
+    token = llama.get_input_embeddings()(text[:, 1:])
+    fused = F.rms_norm(reading.features, (64,), layer.fuse_norm.weight, 1e-5) @ layer.fuse.weight.T
+    read = [F.rms_norm(token, (32,), layer.token_norm.weight, 1e-5)]
+    read += [F.rms_norm(fused, (32,), layer.feature_norm.weight, 1e-5)]
+    stream = torch.cat(read, -1) @ layer.proj_in.weight.T
+    angles = LlamaRotaryEmbedding(config)(stream, torch.arange(8)[None])
+    mask = torch.full((8, 8), -torch.inf).triu(1)[None, None]
+    stream = theirs(stream, attention_mask=mask, position_embeddings=angles)
+    expected = reading.hidden_states + (stream[0] if isinstance(stream, tuple) else stream) @ layer.proj_out.weight.T
+    torch.testing.assert_close(starts_of_drafts(llama, speculator, text, torch.ones_like(text)), expected)
+
+
+def test_a_new_one_is_a_residual_one(llama):
+    speculator = ContextSpeculator(ContextConfig(vocab_size=VOCAB, emb_dim=32, context_heads=2))
+    text = tokens(9)
+    starts = starts_of_drafts(llama, speculator, text, torch.ones_like(text))
+    torch.testing.assert_close(starts, read_text(llama, text[:, :-1], torch.ones_like(text[:, :-1])).hidden_states)
+
+
+def test_sizes():
+    speculator = ContextSpeculator(ContextConfig(vocab_size=100, emb_dim=576, n_predict=5, feature_layers=[2, 15, 27]))
+    assert speculator.num_parameters() == pytest.approx(10.3e6, rel=0.01)
+    assert speculator.config.n_context_heads == 9
+    plain = ContextSpeculator(ContextConfig(vocab_size=100, emb_dim=576, n_predict=5))
+    assert plain.num_parameters() == pytest.approx(9.3e6, rel=0.01)
+
+
+def test_saved_and_loaded(llama, tmp_path):
+    speculator = context_speculator(llama)
+    speculator.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is ContextSpeculator and loaded.config.feature_layers == [0, 1]
+    again = loaded.state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in speculator.state_dict().items())
+    assert speculate(llama, speculator, prompts())[1].sequences is not None
+
+
+# In the loop
+
+
+def test_the_same_as_in_one_pass(family):
+    """In a batch with padding, whose rows accept differently."""
+    model = tiny_model(family)
+    oracle, out = speculate(model, context_speculator(model), prompts())
+    assert farthest(oracle, out) < SAME
+    assert out.speculation.tokens_per_step > 1.3
+    assert len({row.steps for row in out.speculation.per_sequence}) > 1
+
+
+OPTIONS = [
+    {"cache_implementation": "static"},
+    {"cache_implementation": "static", "output_logits": True},
+    {"do_sample": True, "top_k": 12},
+    {"repetition_penalty": 1.3},
+    {"prefill_chunk_size": 4},
+    {"num_return_sequences": 2, "do_sample": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_bigcode"])
+def test_options(family, options):
+    model = tiny_model(family)
+    inputs = prompts(1) if "prefill_chunk_size" in options else prompts()
+    assert farthest(*speculate(model, context_speculator(model), inputs, **options)) < SAME
+
+
+def test_steps_that_draft_nothing(llama):
+    """Adaptive control goes on telling of what is verified."""
+    speculator, options = context_speculator(llama), GREEDY | {"max_new_tokens": 60}
+    expected = llama.generate(**prompts(1), **options)
+    oracle = OracleWithContext(llama, speculator, expected, p_right=0.7)
+    config = GenerationConfig(**options, speculation="adaptive", return_dict_in_generate=True)
+    out = llama.generate(**prompts(1), generation_config=config, assistant_model=oracle)
+    assert out.sequences.tolist() == expected.tolist()
+    assert farthest(oracle, out) < SAME
+    assert 0 in out.speculation.per_sequence[0].candidates_per_step
+
+
+@pytest.mark.parametrize("dials", [{}, {"n_tree_nodes": 6}, {"n_lookup_tokens": 6}, {"n_candidates": 0}], ids=str)
+def test_its_own_drafts(llama, dials):
+    speculator = context_speculator(llama, **dials)
+    expected = llama.generate(**prompts(), **GREEDY)
+    assert llama.generate(**prompts(), **GREEDY, assistant_model=speculator).tolist() == expected.tolist()
+
+
+def test_a_compiled_step(llama):
+    oracle, _ = speculate(llama, context_speculator(llama), prompts(2), cache_implementation="static")
+    speculator = context_speculator(llama)
+    expected = llama.generate(**prompts(2), **GREEDY).tolist()
+    compiled = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        first = llama.generate(**prompts(2), **GREEDY, assistant_model=speculator, **compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = llama.generate(**prompts(2), **GREEDY, assistant_model=speculator, **compiled)
+    assert first.tolist() == expected and again.tolist() == expected
+
+
+def test_turned_off_it_keeps_nothing(llama, monkeypatch):
+    monkeypatch.setattr(context_state.ContextState, "__init__", None)
+    monkeypatch.setattr("modeling_speculator.context_vectors.decoder_layers", None)
+    speculator = context_speculator(llama, n_candidates=0)
+    assert llama.generate(**prompts(), **GREEDY, assistant_model=speculator).shape == (3, 33)
+
+
+def test_nothing_stays_in_the_models(llama):
+    speculator = context_speculator(llama)
+    before = set(vars(speculator.speculator))
+    llama.generate(**prompts(), **GREEDY, assistant_model=speculator)
+    assert set(vars(speculator.speculator)) == before and speculator.speculator.ends is None
+    assert not any(layer._forward_pre_hooks for layer in llama.model.layers)
+
+
+def test_two_threads_and_two_base_models(llama):
+    other, speculator, runs = tiny_model("llama", seed=4), context_speculator(llama), []
+    expected = {model: model.generate(**prompts(), **GREEDY) for model in (llama, other)}
+    mask = F.pad(prompts()["attention_mask"], (0, 24), value=1)
+    oracles = [OracleWithContext(model, speculator, expected[model], mask, p_right=0.7) for model in [*expected] * 2]
+
+    def work(model, oracle):
+        options = GREEDY | {"return_dict_in_generate": True, "assistant_model": oracle}
+        runs.append((oracle, model.generate(**prompts(), **options)))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip([*expected] * 2, oracles, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 4 and all(farthest(oracle, out) < SAME for oracle, out in runs)
+
+
+# What a call did not compute
+
+
+def test_inputs_embeds(llama):
+    """Of the prompt only embeddings are known: the layer begins with the first token that is emitted."""
+    speculator, text = context_speculator(llama), tokens(7)
+    embeds = llama.get_input_embeddings()(text).detach()
+    expected = llama.generate(inputs_embeds=embeds, **GREEDY)
+    assert llama.generate(inputs_embeds=embeds, **GREEDY, assistant_model=speculator).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "gpt_bigcode", "gemma3_text"])
+def test_a_second_turn_knows_the_first(family, kind):
+    """What was computed in the first is remembered beside its cache: all is as in one pass over both."""
+    model = tiny_model(family)
+    speculator = context_speculator(model)
+    cache, plain_cache = caches(model)[kind](), caches(model)[kind]()
+
+    def turn(text):
+        """The whole text, and how far from one pass over it the drafts of this turn start."""
+        options = GREEDY | {"max_new_tokens": 16, "return_dict_in_generate": True}
+        options["attention_mask"] = torch.ones_like(text)
+        expected = model.generate(text, **options | {CACHE: plain_cache}).sequences
+        oracle = OracleWithContext(model, speculator, expected, p_right=0.7)
+        out = model.generate(text, **options | {CACHE: cache}, assistant_model=oracle)
+        assert out.sequences.tolist() == expected.tolist()
+        return out.sequences, farthest(oracle, out)
+
+    text, distance = turn(tokens(5, 1))
+    assert distance < SAME
+    text, distance = turn(torch.cat([text, tokens(4, 2)], dim=1))
+    assert distance < SAME
+    context_state._remembered.clear()  # without what is remembered it is otherwise
+    _, distance = turn(torch.cat([text, tokens(3, 5)], dim=1))
+    assert distance > 100 * SAME
+
+
+def test_a_cache_that_was_not_ours(llama):
+    """Nothing is known of what it holds; what comes after has its true positions."""
+    speculator, text = context_speculator(llama), tokens(12)
+    first = llama.generate(text, **GREEDY, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, tokens(3, 2)], dim=1)
+    given = {"attention_mask": torch.ones_like(text), CACHE: cache_of(first)}
+    expected = llama.generate(text, **GREEDY)
+    drafted = []
+    bound = speculator.beside(llama)
+
+    class Watched(OracleWithContext):
+        def generate_candidates(self, hidden_states, input_ids, n_candidates=None):
+            drafted.append(hidden_states.clone())
+            return bound.generate_candidates(hidden_states, input_ids, n_candidates=5)
+
+    out = llama.generate(text, **GREEDY, **given, assistant_model=Watched(llama, speculator, expected))
+    assert out.tolist() == expected.tolist()
+    # As in one pass whose earlier pairs are hidden.
+    begins = first.sequences.shape[1] - 1
+    reading = read_text(llama, expected[:, :-1], torch.ones_like(expected[:, :-1]), [0, 1])
+    segments = (torch.arange(expected.shape[1] - 1) >= begins).long()[None]
+    starts = bound.with_context(reading.hidden_states, expected[:, 1:], reading.features, segments)
+    torch.testing.assert_close(drafted[0][0, 0], starts[0, text.shape[1] - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_remembered_goes_with_the_cache(llama):
+    out = llama.generate(
+        **prompts(1), **GREEDY, assistant_model=context_speculator(llama), return_dict_in_generate=True
+    )
+    cache = cache_of(out)
+    assert cache in context_state._remembered
+    del out, cache
+    gc.collect()
+    assert len(context_state._remembered) == 0
+
+
+def test_simulated_steps_are_the_loops(llama):
+    for record in measure_acceptance(llama, context_speculator(llama), **prompts(), **GREEDY):
+        assert record.emitted_per_step == record.simulated_per_step
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind", ["stage 1", "documents", "stage 2", "whole prompts", "written before"])
+def test_a_recipe_trains_one(tmp_path, llama, kind):
+    model = load_or_create_speculator(
+        ModelArguments(base_model="here", method="context", context_heads=2, feature_layers=[1], n_predict=3), llama
+    )
+    data = rows(4, 24, documents=kind == "documents")
+    if kind == "whole prompts":
+        mask = torch.tensor([[0] * n + [1] * (24 - n) for n in (0, 9, 20, 5)])
+        ids = torch.tensor(data["input_ids"][:]) * mask
+        data = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+    args = arguments(tmp_path, max_steps=60, learning_rate=1e-2, save_strategy="no", weight_decay=0.0)
+    is_first = kind in ("stage 1", "documents")
+    trainer_class, more = (SpeculatorTrainer, {}) if is_first else (DistillationTrainer, {"generation_length": 12})
+    more |= {"facts": {"base_model": "here", "base_model_weights": "x"}} if kind == "written before" else {}
+    trainer = trainer_class(model, llama, args, train_dataset=data, eval_dataset=data, **more)
+    untrained = trainer.evaluate()
+    if kind == "written before":
+        trainer.write_continuations(tmp_path / "written")
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < untrained["eval_loss"] - 0.1
+    assert float(model.speculator.context.proj_out.weight.detach().abs().sum()) > 0
+    assert all(weight.grad is None for weight in llama.parameters())
+
+
+def test_documents_are_kept_apart(llama, tmp_path):
+    """In the layer, too: a document is read as if it stood alone."""
+    speculator, args = context_speculator(llama), arguments(tmp_path)
+    data = rows(2, 24).add_column("position_ids", [[*range(10), *range(14)], [*range(6), *range(18)]])
+    trainer = SpeculatorTrainer(speculator, llama, args, train_dataset=data)
+    batch = trainer.batch({name: torch.tensor(data[name][:]) for name in data.column_names})
+    bound = speculator.beside(llama)
+    together = bound.with_context(batch.hidden_states, batch.input_ids[:, : batch.segments.shape[1]], *batch[4:])
+    for row in range(2):
+        begins = data[row]["position_ids"].index(0, 1)
+        text = torch.tensor([data[row]["input_ids"][begins:]])
+        alone = starts_of_drafts(llama, speculator, text, torch.ones_like(text))[:, : together.shape[1] - begins]
+        torch.testing.assert_close(together[row : row + 1, begins:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_read_but_not_learned(llama, tmp_path):
+    """Stage 2 takes the loss of the continuation only, whose context the prompt is."""
+    speculator = context_speculator(llama)
+    trainer = DistillationTrainer(
+        speculator, llama, arguments(tmp_path), train_dataset=rows(2, 10), generation_length=12
+    )
+    prompt = torch.tensor(rows(2, 10)["input_ids"][:])
+    written = trainer._read(trainer._write({"input_ids": prompt}, 0))
+    assert written.states.shape[1] == 21 and written.labels.shape[1] == 12
+    batch = trainer.batch(trainer._write({"input_ids": prompt}, 0))
+    assert batch.hidden_states.shape[1] == 18 and batch.labels.shape[1] == 11
+    text = torch.cat([prompt, written.tokens[:, -12:]], dim=1)
+    starts = starts_of_drafts(llama, speculator, text, torch.ones_like(text))
+    torch.testing.assert_close(written.starts(speculator.beside(llama)), starts[:, 9:], rtol=1e-4, atol=1e-4)
+
+
+# What is refused
+
+
+def test_bad_configs(llama):
+    shape = {"vocab_size": VOCAB, "emb_dim": 32}
+    with pytest.raises(ValueError, match="can't be split into 3 heads"):
+        ContextConfig(**shape, context_heads=3)
+    with pytest.raises(ValueError, match="`context_inner_dim` must be an integer"):
+        ContextConfig(**shape, context_inner_dim=-1)
+    for layers in ([-1], [1, 1], [True]):
+        with pytest.raises(ValueError, match="`feature_layers` must be different integers"):
+            ContextConfig(**shape, feature_layers=layers)
+    with pytest.raises(ValueError, match="`method: residual` has no feature_layers"):
+        load_or_create_speculator(ModelArguments(base_model="x", method="residual", feature_layers=[0]), llama)
+
+
+def test_a_layer_that_is_not_there(llama, tmp_path):
+    speculator = context_speculator(llama, feature_layers=[0, 2])
+    with pytest.raises(ValueError, match="a layer that LlamaForCausalLM does not have: it has 2"):
+        llama.generate(**prompts(), assistant_model=speculator)
+    with pytest.raises(ValueError, match="does not have"):
+        SpeculatorTrainer(speculator, llama, arguments(tmp_path), train_dataset=rows(2, 12))
+
+
+def test_tensors_that_are_missing(llama):
+    speculator = context_speculator(llama)
+    states, ids = torch.randn(1, 4, 32), tokens(6)
+    with pytest.raises(ValueError, match="pass `base_model`"):
+        speculator(states, ids)
+    with pytest.raises(ValueError, match="needs `features`"):
+        speculator(states, ids, base_model=llama)
+    assert speculator(states, ids, base_model=llama, features=torch.randn(1, 4, 64)).logits.shape == (3, 1, 4, VOCAB)
+    with pytest.raises(ValueError, match="has no use for `features`"):
+        context_speculator(llama, feature_layers=[])(states, ids, base_model=llama, features=torch.randn(1, 4, 64))
