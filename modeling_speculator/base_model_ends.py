@@ -1,6 +1,9 @@
 """What a speculator without a vocabulary of its own uses of the base model of a call: its embeddings and LM head."""
 
+import bisect
 from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .families import changes_logits, family_logits
-from .transformers_api import execution_device
+from .transformers_api import execution_device, mark_static_address
 
 
 logger = logging.get_logger(__name__)
@@ -17,6 +20,24 @@ logger = logging.get_logger(__name__)
 # How far embeddings may be from those that a speculator was trained beside, relative to their size. Measured on three
 # models: 0.002 in bf16, 0.006 to 0.012 in 8 bit, 0.10 to 0.14 in 4 bit, 0.84 and more for those of another model.
 _SAME, _ANOTHER = 0.2, 0.7
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """The part of an LM head that scores what can be drafted.
+
+    Attributes:
+        key: what it was made of.
+        ids, weight, bias: (n,), (n, emb_dim), (n,) or None.
+    """
+
+    key: tuple
+    ids: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+_draft_rows: WeakKeyDictionary = WeakKeyDictionary()  # by LM head; no more than one of each
 
 
 class BaseModelEnds:
@@ -39,6 +60,38 @@ class BaseModelEnds:
         head = self.base_model.get_output_embeddings()
         as_it_is = type(head) is nn.Linear and head.bias is None and head.out_features == self.vocab_size
         return _frozen(head) if as_it_is and not changes_logits(self.base_model) else BaseModelHead(self)
+
+    def draft_rows(self, ids: list[int]) -> DraftRows:
+        """The part of the LM head that scores some tokens, in ascending order; but for those that it lacks.
+
+        Its rows are copied once for a base model, and again when its weights have changed.
+
+        Raises:
+            ValueError: if the LM head has no rows to take.
+        """
+        head = self.base_model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        is_plain = type(head) is nn.Linear and weight.dtype.is_floating_point and weight.device.type != "meta"
+        if not is_plain or isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
+            raise ValueError(
+                f"`draft_vocabulary` takes rows of the LM head, which that of {type(self.base_model).__name__} "
+                f"({type(head).__name__}) does not have as plain weights: it is quantized, adapted or elsewhere. Set "
+                "`speculator.config.draft_vocabulary = None`."
+            )
+        key = tuple(ids), weight.data_ptr(), weight._version, weight.dtype
+        rows = _draft_rows.get(head)
+        if rows is None or rows.key != key:
+            at = torch.tensor(ids[: bisect.bisect_left(ids, len(weight))], device=weight.device)
+            bias = None if head.bias is None else head.bias.detach()[at]
+            rows = _draft_rows[head] = DraftRows(key, at, weight.detach()[at], bias)
+            for tensor in (rows.ids, rows.weight, *([] if bias is None else [bias])):
+                mark_static_address(tensor)
+        return rows
+
+    def draft_logits(self, features: torch.Tensor, rows: DraftRows) -> torch.Tensor:
+        """Features (..., emb_dim) to logits (..., n) of the tokens that are drafted."""
+        logits = nn.functional.linear(features.to(rows.weight.device, rows.weight.dtype), rows.weight, rows.bias)
+        return family_logits(self.base_model, logits).to(features.device)
 
     @torch.no_grad()
     def sketch(self, rows: torch.Tensor) -> torch.Tensor | None:

@@ -136,6 +136,16 @@ class Cell(nn.Module):
         """What makes logits (..., vocab) of a head's features; its `out_features` says how many."""
         return self.head[head]
 
+    def draft_logits(
+        self, head: int, features: torch.Tensor, vocab_size: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (..., n) of what can be drafted, and the ids of these n tokens, None where it is the first n.
+
+        Args:
+            vocab_size: if given, tokens from here on are none.
+        """
+        return self.lm_head(head)(features)[..., :vocab_size], None
+
     def step(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`advance`, and the logits (..., vocab) of the token after `input_ids`."""
         state = self.advance(head, state, input_ids)
@@ -152,10 +162,10 @@ class Cell(nn.Module):
         n = input_ids.shape[1]
         if not self.reads_tokens:  # all branches are the same
             state, input_ids = state[:, :1], input_ids[:, :1]
-        state, logits = self.step(head, state, input_ids)
-        if vocab_size is not None:
-            logits = logits[..., :vocab_size]
+        state = self.advance(head, state, input_ids)
+        logits, ids = self.draft_logits(head, self.features(state), vocab_size)
         best, tokens = logits.topk(k)
+        tokens = tokens if ids is None else ids[tokens]
         best = best.float() - logits.float().logsumexp(-1, keepdim=True)
         if not self.reads_tokens:
             state, best, tokens = (part.repeat(1, n, 1) for part in (state, best, tokens))

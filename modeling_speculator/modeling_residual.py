@@ -1,6 +1,7 @@
 """A speculator without a vocabulary of its own: each head adds to the context vector, and the base model's embeddings
 and LM head read and score the tokens."""
 
+import bisect
 import copy
 
 import torch
@@ -18,19 +19,43 @@ class ResidualConfig(MLPSpeculatorConfig):
     """Shape and dials as of `MLPSpeculatorConfig`; `inner_dim` is the width within a head, `tie_weights` shares one
     among them.
 
+    Args:
+        draft_vocabulary: if set, the ids that are drafted, in ascending order: what the LM head need not score is left
+            out (FR-Spec, arXiv 2502.14856). Read at each call; recipes/draft_vocabulary.py chooses them.
+
     Raises:
-        ValueError: for `scale_input`, which it does not have.
+        ValueError: for `scale_input`, which it does not have, or ids that are not in order, double or too large.
     """
 
     model_type = "residual_speculator"
     methods = ("residual",)
 
     method: str = "residual"
+    draft_vocabulary: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         if self.scale_input:
             raise ValueError('`method="residual"` adds to the context vector as it is: drop `scale_input`.')
+        self.check_draft_vocabulary()
         super().__post_init__(**kwargs)
+
+    def check_draft_vocabulary(self) -> None:
+        """Raises a ValueError for ids that are not in order, double or too large."""
+        ids = self.draft_vocabulary
+        if ids is None:
+            return
+        if not ids or any(type(at) is not int for at in ids) or sorted(set(ids)) != list(ids) or ids[0] < 0:
+            raise ValueError("`draft_vocabulary` must hold token ids in ascending order, each of them once.")
+        if ids[-1] >= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocabulary` holds the id {ids[-1]}, but there are only {self.vocab_size} (`vocab_size`)."
+            )
+
+    def check_dials(self, *dials, vocab_size: int | None = None, **named_dials) -> None:
+        ids = self.draft_vocabulary
+        if ids is not None:  # of which no more can be drafted
+            vocab_size = len(ids) if vocab_size is None else bisect.bisect_left(ids, vocab_size)
+        super().check_dials(*dials, vocab_size=vocab_size, **named_dials)
 
 
 class ResidualCell(Cell):
@@ -38,13 +63,15 @@ class ResidualCell(Cell):
     s_{i+1} are the base model's. W2 starts at zero.
 
     Attributes:
-        ends: the base model's embeddings and LM head; None but in what `bound` returns.
+        ends, draft_rows: the base model's embeddings and LM head, and that part of it which scores what is drafted;
+            None but in what `bound` returns.
     """
 
     def __init__(self, config: ResidualConfig):
         nn.Module.__init__(self)
         self.inner_dim, width, heads = config.emb_dim, config.inner_dim or config.emb_dim, range(config.n_predict)
-        self.vocab_size, self.ends = config.vocab_size, None
+        self.config, self.vocab_size = config, config.vocab_size
+        self.ends = self.draft_rows = None
         self.proj_in = nn.ModuleList(nn.Linear(2 * config.emb_dim, width, bias=False) for _ in heads)
         self.proj_out = nn.ModuleList(nn.Linear(width, config.emb_dim, bias=False) for _ in heads)
         self.state_norm, self.token_norm = (
@@ -55,11 +82,16 @@ class ResidualCell(Cell):
 
     def bound(self, base_model: PreTrainedModel) -> "ResidualCell":
         cell = copy.copy(self)  # the parameters are shared; nothing of the base model is kept in the module
-        cell.ends = BaseModelEnds(base_model, self.vocab_size)
+        cell.ends, ids = BaseModelEnds(base_model, self.vocab_size), self.config.draft_vocabulary
+        cell.draft_rows = None if ids is None else cell.ends.draft_rows(ids)
         return cell
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
-        BaseModelEnds(base_model, self.vocab_size).check(self.sketch, self.sketch_rows)
+        ends = BaseModelEnds(base_model, self.vocab_size)
+        ends.check(self.sketch, self.sketch_rows)
+        if self.config.draft_vocabulary is not None:
+            self.config.check_draft_vocabulary()
+            ends.draft_rows(self.config.draft_vocabulary)
 
     def start_from(self, base_model: PreTrainedModel) -> None:
         """Remembers by what its embeddings are recognised."""
@@ -81,6 +113,13 @@ class ResidualCell(Cell):
 
     def lm_head(self, head: int):
         return self._ends().lm_head
+
+    def draft_logits(
+        self, head: int, features: torch.Tensor, vocab_size: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.draft_rows is None:
+            return super().draft_logits(head, features, vocab_size)
+        return self._ends().draft_logits(features, self.draft_rows), self.draft_rows.ids
 
     def _ends(self) -> BaseModelEnds:
         if self.ends is None:
