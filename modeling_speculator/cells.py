@@ -34,6 +34,7 @@ class Cell(nn.Module):
     """
 
     reads_tokens = True  # whether a state depends on the drafted tokens, and so differs between branches
+    needs_base_model = False  # whether it uses layers of the base model, to which `bound` binds it
     reads_text = False  # whether the first state depends on other verified tokens than the last
     feature_layers: tuple[int, ...] = ()  # layers of the base model, what enters which is read, too
 

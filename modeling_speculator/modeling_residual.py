@@ -67,6 +67,8 @@ class ResidualCell(Cell):
             None but in what `bound` returns.
     """
 
+    needs_base_model = True
+
     def __init__(self, config: ResidualConfig):
         nn.Module.__init__(self)
         self.inner_dim, width, heads = config.emb_dim, config.inner_dim or config.emb_dim, range(config.n_predict)

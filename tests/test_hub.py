@@ -431,23 +431,27 @@ for repo in sys.argv[1:]:
 
 
 def test_without_the_package(hub, client, base, repo, tmp_path):
-    """In a virtual environment that has transformers, and not this package: two repositories, each with its code."""
+    """In a virtual environment that has transformers, and not this package: three repositories, each with its code."""
     code = "from modeling_speculator import MedusaConfig, MedusaModel\n"
     config = f"MedusaConfig(vocab_size={VOCAB}, emb_dim=32, base_model_name_or_path='org/base')"
     client.run(f"{code}MedusaModel({config}).save_pretrained({str(tmp_path / 'medusa')!r})")
     publish(client, tmp_path / "medusa", f"{repo}-medusa")
+    code = "from modeling_speculator.drafters import ContextConfig, ContextSpeculator\n"
+    config = config.replace("MedusaConfig(", "ContextConfig(context_heads=2, feature_layers=[0, 1], ")
+    client.run(f"{code}ContextSpeculator({config}).save_pretrained({str(tmp_path / 'context')!r})")
+    publish(client, tmp_path / "context", f"{repo}-context")
     publish(client, save(tmp_path / "a"), repo)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():  # of these the .pth file of an editable installation
         if "modeling_speculator" not in path.name:
             (packages / path.name).symlink_to(path)
-    command = [tmp_path / "venv/bin/python", "-c", WITHOUT_THE_PACKAGE, repo, f"{repo}-medusa"]
+    command = [tmp_path / "venv/bin/python", "-c", WITHOUT_THE_PACKAGE, repo, f"{repo}-medusa", f"{repo}-context"]
     env = os.environ | hub.environment(tmp_path / "home")
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    of_two = dict(map(json.loads, done.stdout.splitlines()))
-    assert of_two.keys() == {"mlp_speculator", "medusa_heads"} and min(of_two.values()) >= 1
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    assert found.keys() == {"mlp_speculator", "medusa_heads", "context_speculator"} and min(found.values()) >= 1
 
 
 def test_the_commands(hub, base, repo, tmp_path):

@@ -295,7 +295,7 @@ def check_layers_of_the_base_model(model: PreTrainedModel, base_model: PreTraine
         ValueError: where they use layers of the base model which are in parts, another's, or not there.
     """
     cell = (model.get_base_model() if isinstance(model, PeftModel) else model).speculator
-    if cell.bound(base_model) is not cell and is_sharded(base_model):
+    if cell.needs_base_model and is_sharded(base_model):
         raise ValueError(
             "This speculator uses the base model's embeddings and LM head, which must be whole on each device: set "
             "`shard_base_model: false`."
