@@ -1,7 +1,8 @@
 """Gives a speculator that drafts by the base model's LM head a draft vocabulary: the tokens most frequent in texts.
 
-python recipes/draft_vocabulary.py --speculator outputs/residual --base_model outputs/quickstart/base_model \\
-    --data_files outputs/quickstart/corpus/train.jsonl --tokens 2048 --output outputs/residual_2048
+python recipes/draft_vocabulary.py --base_model outputs/smollm2-135m/base_model \\
+    --speculator outputs/smollm2-135m/context --data_files outputs/smollm2-135m/generated/*.parquet --tokens 8192 \\
+    --output outputs/smollm2-135m/context_8192
 
 What is drafted changes, never what is emitted. Best are texts that the base model wrote itself: a training's
 `generated_dataset`, whose parquet files hold the token ids. The base model's end tokens are always among the chosen.

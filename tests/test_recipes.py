@@ -30,11 +30,22 @@ def test_there_are_recipes():
 def test_shipped_recipes_are_valid(path):
     model, data, training = parse_recipe(["--config", str(path)])
     assert training.stage == int(path.stem[-1])
-    assert (data.dataset is None) != (data.data_files is None)
+    assert [data.dataset, data.data_files, data.prompts].count(None) == 2
     if training.stage == 1:
         assert len(model.top_k_tokens_per_head) == model.n_predict
     else:
         assert model.speculator == parse_recipe(["--config", str(path.with_stem("stage1"))])[2].output_dir
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/context.yaml")), ids=lambda path: path.parent.name)
+def test_recipes_of_context_speculators(path):
+    """Of features that EAGLE-3 takes; in one stage."""
+    layers = {"llama2-13b": 40, "codellama-13b": 40, "granite-20b": 52, "smollm2-135m": 30}.get(path.parent.name, 32)
+    model, data, training = parse_recipe(["--config", str(path)])
+    assert (model.method, training.stage, model.speculator) == ("context", 2, None)
+    assert model.feature_layers == [2, layers // 2, layers - 3]
+    assert training.head_weights == [round(0.8**head, 3) for head in range(model.n_predict)]
+    assert [data.dataset, data.data_files, data.prompts].count(None) == 2 and not training.shard_base_model
 
 
 PUBLISHED = {  # heads, width, top-k; and the two-stage recipe

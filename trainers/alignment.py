@@ -20,7 +20,7 @@ class TrainingBatch(NamedTuple):
     def within(self, vocab_size: int) -> "TrainingBatch":
         """For a speculator that may lack some of the tokens: it reads another in their place, and predicts none."""
         input_ids, labels = self.input_ids.clamp(max=vocab_size - 1), known_labels(self.labels, vocab_size)
-        return self._replace(input_ids=input_ids, labels=labels)
+        return TrainingBatch(self.hidden_states, input_ids, labels, *self[3:])
 
 
 def known_labels(labels: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -91,7 +91,7 @@ class DataArguments:
     prompt_length: int = option(64, "TOKENS", "stage 2 and evaluation: of a prompt; the most, of whole `prompts`")
     generation_length: int = option(256, "TOKENS", "stage 2 and evaluation: generated after a prompt")
     prompts: str | None = option(
-        None, "FILE", "stage 2, in place of a dataset: whole prompts, in the chat template if there is one"
+        None, "FILE", "stage 2, in place of a dataset: whole prompts, in the chat template if any (default: none)"
     )
     held_out_prompts: list[str] | None = option(
         None, "FILE", "prompts to measure on: of those to train on, the same ones are left out (default: none)"

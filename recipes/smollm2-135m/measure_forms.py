@@ -35,16 +35,28 @@ SHORT = 384  # tokens of a prompt
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--base_model", required=True, metavar="FOLDER_OR_ID")
+    parser.add_argument("--base_model", required=True, metavar="FOLDER_OR_ID", help="that writes the texts")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="of Spec-Bench, say")
-    parser.add_argument("--speculators", nargs="*", default=[], type=Path, metavar="FOLDER")
-    parser.add_argument("--max_new_tokens", type=positive, default=160, metavar="TOKENS")
-    parser.add_argument("--batch_size", type=positive, default=16, metavar="PROMPTS")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="DEVICE")
     parser.add_argument(
-        "--output_dir", type=output_folder, default=Path("outputs/smollm2-135m/measured"), metavar="FOLDER"
+        "--speculators",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="to measure (default: write the texts)",
+    )
+    parser.add_argument("--max_new_tokens", type=positive, default=160, metavar="TOKENS", help="of each text")
+    parser.add_argument("--batch_size", type=positive, default=16, metavar="PROMPTS", help="at once")
+    parser.add_argument("--device", metavar="DEVICE", help="that all runs on (default: the GPU, where there is one)")
+    parser.add_argument(
+        "--output_dir",
+        type=output_folder,
+        default=Path("outputs/smollm2-135m/measured"),
+        metavar="FOLDER",
+        help="for the texts, and a JSON file for each speculator",
     )
     args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base_model(str(args.base_model), "float32", args.device)
     texts = written_texts(args, model, tokenizer)
