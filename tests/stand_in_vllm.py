@@ -38,10 +38,11 @@ class VllmConfig:
 class LogitsProcessor:
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
-    def __call__(self, lm_head, hidden_states):
-        return hidden_states @ lm_head.weight.T
-    def get_top_tokens(self, lm_head, hidden_states):
-        return self(lm_head, hidden_states).argmax(-1)
+    def __call__(self, lm_head, hidden_states, embedding_bias=None):
+        logits = hidden_states @ lm_head.weight.T
+        return logits if embedding_bias is None else logits + embedding_bias
+    def get_top_tokens(self, lm_head, hidden_states, embedding_bias=None):
+        return self(lm_head, hidden_states, embedding_bias).argmax(-1)
 """,
     "model_executor/layers/vocab_parallel_embedding.py": """
 import torch

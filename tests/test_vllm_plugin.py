@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 import stand_in_vllm
 import torch
+from drafters import context_speculator
 from safetensors.torch import load_file
 from test_formats import lstm_config, write
+from test_residual import new as residual
+from tiny_models import tiny_model
 from transformers import AutoConfig
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, doctor
+from modeling_speculator.drafters import DRAFTERS
 from modeling_speculator.formats import save_arctic
 
 
@@ -63,9 +67,11 @@ def vllm_config(config, **more):
 
 
 def config_of(network, folder):
-    from modeling_speculator_vllm.configuration import MLPSpeculatorConfig as TheirConfig
+    from modeling_speculator_vllm.configuration import MODELS
 
-    return TheirConfig.from_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text()).get("model_type", "mlp_speculator")
+    theirs = {model.config_class.model_type: model.config_class for model in MODELS}
+    return theirs.get(written, theirs["mlp_speculator"]).from_pretrained(folder)
 
 
 def served(network, folder):
@@ -74,12 +80,12 @@ def served(network, folder):
     return module, module.load_weights(load_file(folder / "model.safetensors").items())
 
 
-def assert_same_logits(model, module):
+def assert_same_logits(model, module, base_model=None):
     generator = torch.Generator().manual_seed(1)
     n, rows = model.config.n_predict, 3
     states = torch.randn(2, rows, model.config.emb_dim, generator=generator)
     tokens = torch.randint(model.config.vocab_size, (2, rows - 1 + n), generator=generator)
-    expected = model(states, tokens).logits
+    expected = model(states, tokens, base_model=base_model).logits
     hidden_states = states.flatten(0, 1)
     for step in range(n):
         input_ids = tokens[:, step : step + rows].flatten()
@@ -102,6 +108,30 @@ def test_every_form_has_our_logits(network, tmp_path, form):
         assert getattr(theirs, key) == getattr(model.config, key)
     assert theirs.num_nextn_predict_layers == theirs.num_hidden_layers == model.config.n_predict
     assert (theirs.model_type, theirs.hidden_size, theirs.num_attention_heads) == ("mtp", 24, 64)
+
+
+@pytest.mark.parametrize("form", [{}, {"tie_weights": True}, {"inner_dim": 16}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_form_that_is_bound_to_its_base_model(network, tmp_path, family, form):
+    """vLLM puts that one's embeddings and LM head, a bias too, where it looks for them."""
+    base_model = tiny_model(family)
+    if base_model.lm_head.bias is not None:
+        torch.nn.init.normal_(base_model.lm_head.bias)
+    model = residual(base_model, **form)
+    model.save_pretrained(tmp_path)
+    module, names = served(network, tmp_path)
+    assert names == {name for name in model.state_dict() if "sketch" not in name}
+    assert not (module.has_own_embed_tokens or module.has_own_lm_head)
+    module.model.embed_tokens, module.lm_head = base_model.get_input_embeddings(), base_model.lm_head
+    assert_same_logits(model, module, base_model)
+
+
+def test_a_context_layer_is_refused(network, tmp_path):
+    from modeling_speculator_vllm.configuration import ContextConfig
+
+    context_speculator(tiny_model("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not serve speculators with a context layer"):
+        ContextConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("form", [{}, {"tie_weights": True}, {"tie_weights": True, "method": "sum_lstm"}], ids=str)
@@ -242,10 +272,12 @@ assert "modeling_speculator" not in sys.modules and "modeling_speculator_vllm.ne
 
 
 @pytest.mark.parametrize("order", ["load(); import modeling_speculator", "import modeling_speculator; load()"])
-def test_a_process_that_uses_both(tmp_path, order):
+@pytest.mark.parametrize("form", ["mlp_speculator", "residual_speculator"])
+def test_a_process_that_uses_both(tmp_path, order, form):
     """vLLM reads a config.json through its own registry, and a model of ours is loaded before and after."""
     torch.manual_seed(0)
-    model = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(**SHAPE, n_candidates=4, base_model_name_or_path="base"))
+    config_class, model_class = {theirs.model_type: (theirs, model) for theirs, model in DRAFTERS.items()}[form]
+    model = model_class(config_class(**SHAPE, n_candidates=4, base_model_name_or_path="base"))
     model.save_pretrained(tmp_path / "speculator")
     in_python(
         tmp_path,
@@ -255,13 +287,13 @@ from vllm.transformers_utils.config import _CONFIG_REGISTRY
 {order}
 for _ in range(2):
     model = AutoModel.from_pretrained("speculator", n_candidates=3)
-    assert type(model).__module__ == "modeling_speculator.modeling_mlp_speculator"
-    assert (model.config.model_type, model.config.n_candidates) == ("mlp_speculator", 3)
+    assert type(model).__module__ == {model_class.__module__!r}
+    assert (model.config.model_type, model.config.n_candidates) == ({form!r}, 3)
     model.save_pretrained("again")
     assert open("again/config.json").read().count("mtp") == 0
-    AutoConfig.register("mlp_speculator", _CONFIG_REGISTRY["mlp_speculator"], exist_ok=True)  # as vLLM does
+    AutoConfig.register({form!r}, _CONFIG_REGISTRY[{form!r}], exist_ok=True)  # as vLLM does
     assert AutoConfig.from_pretrained("speculator").model_type == "mtp"
 """,
     )
     ours = AutoConfig.from_pretrained(tmp_path / "speculator")
-    assert ours.model_type == "mlp_speculator" and ours.n_candidates == 4
+    assert ours.model_type == form and ours.n_candidates == 4

@@ -24,17 +24,20 @@ def refusal() -> str | None:
 
 
 def register() -> None:
-    """Makes vLLM know `mlp_speculator` checkpoints; called by vLLM in each of its processes."""
+    """Makes vLLM know the checkpoints of speculators; called by vLLM in each of its processes."""
     if reason := refusal():
         logger.warning(reason)
         return
     from transformers import AutoConfig, AutoModel
     from vllm import ModelRegistry
 
-    from .configuration import ARCHITECTURE, MLPSpeculatorConfig, TransformersModel
+    from .configuration import ARCHITECTURE, MODELS, ContextConfig
     from .contract import put_before_others
 
-    put_before_others(MLPSpeculatorConfig)
-    AutoConfig.register(MLPSpeculatorConfig.model_type, MLPSpeculatorConfig, exist_ok=True)
-    AutoModel.register(MLPSpeculatorConfig, TransformersModel, exist_ok=True)
+    put_before_others(ContextConfig)  # which says why
+    for model in MODELS:
+        config = model.config_class
+        put_before_others(config)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.network:MLPSpeculator")

@@ -28,6 +28,7 @@ class MLPSpeculatorConfig(PreTrainedConfig):
     """
 
     model_type = "mlp_speculator"
+    methods = ("sum_rnn", "sum_lstm")
 
     vocab_size: int = 32000
     emb_dim: int = 4096
@@ -39,8 +40,8 @@ class MLPSpeculatorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**{key: value for key, value in kwargs.items() if key not in _FOR_VLLM})
-        if self.method not in ("sum_rnn", "sum_lstm"):
-            raise ValueError(f"vLLM serves the cells sum_rnn and sum_lstm, not {self.method!r}.")
+        if self.method not in self.methods:
+            raise ValueError(f"vLLM serves the cells {' and '.join(self.methods)}, not {self.method!r}.")
         self.inner_dim = self.inner_dim or self.emb_dim
         # Of the instance: the class is found by the published type.
         self.model_type = "mtp"
@@ -63,6 +64,27 @@ class MLPSpeculatorConfig(PreTrainedConfig):
         return super().from_dict(config, **kwargs)
 
 
+class ResidualConfig(MLPSpeculatorConfig):
+    """The shape of a speculator that uses the base model's embeddings and LM head; `inner_dim` is within a head."""
+
+    model_type = "residual_speculator"
+    methods = ("residual",)
+
+    method: str = "residual"
+
+
+class ContextConfig(ResidualConfig):
+    """That of a form which vLLM is known not to serve."""
+
+    model_type = "context_speculator"
+
+    def __post_init__(self, **kwargs):
+        raise ValueError(
+            "vLLM does not serve speculators with a context layer: its multi-token prediction keeps nothing of a "
+            "drafter's between the steps of a sequence. Serve one of `method: residual`, which has none."
+        )
+
+
 class TransformersModel:
     """What `AutoModel` takes where vLLM's config of a speculator was found: the package's model, if it is imported."""
 
@@ -74,5 +96,15 @@ class TransformersModel:
         if package is None:
             raise ValueError("To load a speculator into a transformers model, `import modeling_speculator` first.")
         published = {key: value for key, value in config.to_dict().items() if key not in _FOR_VLLM}
-        config = package.MLPSpeculatorConfig.from_dict(published)
-        return package.MLPSpeculatorPreTrainedModel.from_pretrained(path, *args, config=config, **kwargs)
+        drafters = {theirs.model_type: (theirs, model) for theirs, model in package.drafters.DRAFTERS.items()}
+        config_class, model_class = drafters[type(config).model_type]
+        return model_class.from_pretrained(path, *args, config=config_class.from_dict(published), **kwargs)
+
+
+class TransformersResidualModel(TransformersModel):
+    """The same, for the other type: `AutoModel` compares."""
+
+    config_class = ResidualConfig
+
+
+MODELS = (TransformersModel, TransformersResidualModel)

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from .configuration import MLPSpeculatorConfig
+from .configuration import MLPSpeculatorConfig, ResidualConfig
 
 
 class RMSNorm(nn.Module):
@@ -29,11 +29,13 @@ class RMSNorm(nn.Module):
 class Cell(nn.Module):
     """What all cells share. Heads that are tied are one module at several places."""
 
-    state_width = 1  # in units of inner_dim
+    has_vocabulary = True  # embeddings and LM heads of its own
+    states = 1  # parts of a state, the first of which the LM head reads
 
     def __init__(self, config: MLPSpeculatorConfig, prefix: str):
         super().__init__()
-        self.inner_dim, self.scale_input = config.inner_dim, config.scale_input
+        self.inner_dim = self.width = config.inner_dim
+        self.scale_input = config.scale_input
         state_weight = 0.5 ** (0.5 / config.n_predict)
         self.emb_scale = math.sqrt((1 - state_weight**2) * self.inner_dim / 2) / state_weight
 
@@ -48,7 +50,7 @@ class Cell(nn.Module):
         return hidden_states
 
     def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """(tokens, emb_dim for head 0, else a state) and (tokens,) -> (tokens, state_width * inner_dim)."""
+        """(tokens, emb_dim for head 0, else a state) and (tokens,) -> (tokens, states * width)."""
         raise NotImplementedError
 
 
@@ -72,7 +74,7 @@ class MultiLayerCell(Cell):
 class GatedCell(Cell):
     """Arctic's, whose state is the hidden state and the cell state."""
 
-    state_width = 2
+    states = 2
 
     def __init__(self, config: MLPSpeculatorConfig, prefix: str):
         super().__init__(config, prefix)
@@ -95,7 +97,32 @@ class GatedCell(Cell):
         return torch.cat([hidden, cell], dim=-1)
 
 
-CELLS = {"sum_rnn": MultiLayerCell, "sum_lstm": GatedCell}
+class ResidualCell(nn.Module):
+    """The one that adds to the context vector. vLLM puts the base model's embeddings here, and its LM head beside."""
+
+    has_vocabulary = False
+    states = 1
+
+    def __init__(self, config: ResidualConfig, prefix: str):
+        super().__init__()
+        width, inner_dim, n, tied = config.emb_dim, config.inner_dim, config.n_predict, config.tie_weights
+        self.width = width
+        self.proj_in = repeated(lambda head: nn.Linear(2 * width, inner_dim, bias=False), n, tied)
+        self.proj_out = repeated(lambda head: nn.Linear(inner_dim, width, bias=False), n, tied)
+        self.state_norm = repeated(lambda head: nn.RMSNorm(width, eps=1e-5), n, tied)
+        self.token_norm = repeated(lambda head: nn.RMSNorm(width, eps=1e-5), n, tied)
+
+    def first_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """(tokens, width) and (tokens,) -> (tokens, width)."""
+        token = self.embed_tokens(input_ids).to(state.dtype)
+        read = torch.cat([self.state_norm[head](state), self.token_norm[head](token)], dim=-1)
+        return state + self.proj_out[head](F.silu(self.proj_in[head](read)))
+
+
+CELLS = {"sum_rnn": MultiLayerCell, "sum_lstm": GatedCell, "residual": ResidualCell}
 
 
 class MLPSpeculator(nn.Module):
@@ -105,16 +132,15 @@ class MLPSpeculator(nn.Module):
     place are the context vectors, which need not have the same width.
     """
 
-    has_own_embed_tokens = has_own_lm_head = True  # or vLLM puts the base model's in their place
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.speculative_config.draft_model_config.hf_config
         check(config, vllm_config)
-        self.speculator = CELLS[config.method](config, f"{prefix}.speculator".lstrip("."))
+        cell = self.speculator = CELLS[config.method](config, f"{prefix}.speculator".lstrip("."))
+        # Where they are not its own, vLLM puts the base model's in `model.embed_tokens` and `lm_head`.
+        self.has_own_embed_tokens = self.has_own_lm_head = cell.has_vocabulary
         rows = vllm_config.scheduler_config.max_num_batched_tokens
-        states = torch.zeros(rows, self.speculator.state_width * config.inner_dim)
-        self.register_buffer("states", states, persistent=False)
+        self.register_buffer("states", torch.zeros(rows, cell.states * cell.width), persistent=False)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     @property
@@ -132,20 +158,29 @@ class MLPSpeculator(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of context vectors (tokens, emb_dim) and of the tokens drawn from them (tokens,) ->
-        what the LM head of this position reads, (tokens, inner_dim), and the context vectors."""
+        what the LM head of this position reads, (tokens, width), and the context vectors."""
         rows = len(input_ids)
         state = self.states[:rows] if spec_step_idx else self.speculator.first_state(hidden_states)
         state = self.speculator.advance(spec_step_idx, state, input_ids)
         self.states[:rows] = state
-        return state[:, : self.speculator.inner_dim], hidden_states
+        return state[:, : self.speculator.width], hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor | None:
-        """(rows, inner_dim), as `forward` returned them -> (rows, vocab_size)."""
-        return self.logits_processor(self.speculator.head[spec_step_idx], hidden_states)
+        """(rows, width), as `forward` returned them -> (rows, vocab_size).
+
+        Of the base model's LM head without what its family does to logits, which changes no order.
+        """
+        return self.logits_processor(*self._lm_head(spec_step_idx, hidden_states))
 
     def get_top_tokens(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor:
         """As the arg-max of `compute_logits`, with less between the ranks of tensor parallelism."""
-        return self.logits_processor.get_top_tokens(self.speculator.head[spec_step_idx], hidden_states)
+        return self.logits_processor.get_top_tokens(*self._lm_head(spec_step_idx, hidden_states))
+
+    def _lm_head(self, head: int, hidden_states: torch.Tensor) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None]:
+        """An LM head, what it reads, and its bias."""
+        if self.has_own_lm_head:
+            return self.speculator.head[head], hidden_states, None
+        return self.lm_head, hidden_states, getattr(self.lm_head, "bias", None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Takes the weights of a checkpoint; the names that were set, those of tied copies too.
@@ -188,6 +223,8 @@ def own_name(name: str) -> str | None:
     name = name if name.startswith("speculator.") else f"speculator.{name}"
     if re.search(r"\.(input|cell|output)_emb\.0\.weight$", name):
         return None  # Arctic's gated form holds its embedding four times
+    if re.search(r"\.sketch(_rows)?$", name):
+        return None  # by which transformers' model knows its base model
     return re.sub(r"\.(emb|proj|ln)\.(\d+)\.0\.", r".\1.\2.", name)
 
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.drafters import turned
+from modeling_speculator.modeling_residual import ResidualConfig, ResidualSpeculator
 from modeling_speculator.trainers import SpeculatorTrainer, SpeculatorTrainingArguments
 
 
@@ -47,7 +48,15 @@ def pair(tmp_path_factory):
                 weight.normal_(std=0.3 if "embed" in name or "head" in name else 0.15)
     prompts = torch.randint(1, VOCAB, (64, 8), generator=torch.Generator().manual_seed(1))
     text = base.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=56, do_sample=False)
-    speculator = MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=64, inner_dim=48))
+    base.save_pretrained(folder / "base")
+    character_tokenizer(eos_token="a", pad_token="a").save_pretrained(folder / "base")
+    config = MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=64, inner_dim=48)
+    speculator = trained(base, MLPSpeculatorPreTrainedModel(config), text.tolist(), folder)
+    return base, speculator, folder, text.tolist()
+
+
+def trained(base, speculator, texts, folder):
+    """A speculator that has learned texts, saved as `speculator` in a folder."""
     args = SpeculatorTrainingArguments(
         output_dir=str(folder / "training"),
         max_steps=200,
@@ -57,12 +66,9 @@ def pair(tmp_path_factory):
         save_strategy="no",
         report_to="none",
     )
-    SpeculatorTrainer(speculator, base, args, train_dataset=Dataset.from_dict({"input_ids": text.tolist()})).train()
-    base.save_pretrained(folder / "base")
-    texts = text.tolist()
-    character_tokenizer(eos_token="a", pad_token="a").save_pretrained(folder / "base")
+    SpeculatorTrainer(speculator, base, args, train_dataset=Dataset.from_dict({"input_ids": texts})).train()
     speculator.eval().save_pretrained(folder / "speculator")
-    return base, speculator, folder, texts
+    return speculator
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +101,14 @@ def slowly(pair, prompts, n_heads=3):
     return texts, drafts, accepted
 
 
-def serve(pair, tmp_path, prompts, sampling, n=3, **engine):
+def serve(pair, tmp_path, prompts, sampling, n=3, speculator=None, **engine):
     """Texts, and the counters of `/metrics`, as vLLM has them."""
     folder = pair[2]
     engine = {"model": str(folder / "base"), "skip_tokenizer_init": True, "max_num_batched_tokens": 256} | engine
     if n:
         engine["speculative_config"] = {
             "method": "mtp",
-            "model": str(folder / "speculator"),
+            "model": str(speculator or folder / "speculator"),
             "num_speculative_tokens": n,
         }
     asked = {"engine": engine, "prompts": prompts, "sampling": sampling}
@@ -127,6 +133,21 @@ def test_texts_and_drafts(pair, prompts, tmp_path, n):
     assert served == texts
     assert accepted > 20
     assert counters == {"drafts": drafts, "draft_tokens": n * drafts, "accepted_tokens": accepted}
+
+
+def test_the_form_that_is_bound_to_its_base_model(pair, prompts, tmp_path):
+    """It reads and scores tokens by what vLLM has of that one."""
+    base, _, folder, known = pair
+    new = ResidualSpeculator(ResidualConfig(vocab_size=VOCAB, emb_dim=64))
+    new.speculator.start_from(base)
+    bound = trained(base, new, known, tmp_path)
+    texts, drafts, accepted = slowly((base, bound, folder, known), prompts)
+    served, counters = serve(
+        pair, tmp_path, prompts, [GREEDY] * len(prompts), speculator=tmp_path / "speculator", max_num_seqs=8
+    )
+    assert served == texts
+    assert accepted > 20
+    assert counters == {"drafts": drafts, "draft_tokens": 3 * drafts, "accepted_tokens": accepted}
 
 
 def test_chunked_prefill_and_the_prefix_cache(pair, prompts, tmp_path):
