@@ -64,7 +64,8 @@ class BaseModelEnds:
     def draft_rows(self, ids: list[int]) -> DraftRows:
         """The part of the LM head that scores some tokens, in ascending order; but for those that it lacks.
 
-        Its rows are copied once for a base model, and again when its weights have changed.
+        Its rows are copied once for a base model, and again when its weights were replaced or changed in place (but
+        for a change of `weight.data`, which torch does not tell of).
 
         Raises:
             ValueError: if the LM head has no rows to take.
@@ -78,7 +79,8 @@ class BaseModelEnds:
                 f"({type(head).__name__}) does not have as plain weights: it is quantized, adapted or elsewhere. Set "
                 "`speculator.config.draft_vocabulary = None`."
             )
-        key = tuple(ids), weight.data_ptr(), weight._version, weight.dtype
+        version = None if weight.is_inference() else weight._version
+        key = tuple(ids), weight.data_ptr(), version, weight.dtype
         rows = _draft_rows.get(head)
         if rows is None or rows.key != key:
             at = torch.tensor(ids[: bisect.bisect_left(ids, len(weight))], device=weight.device)

@@ -131,6 +131,7 @@ class SpeculativeCache(Cache):
     ):
         self.slots = Slots(capacity)
         self.caught, self.keeps_prompt = {}, keeps_prompt
+        self.parts: dict[int | None, list[torch.Tensor]] = {}  # of the prefill, by forward
         self.windows = windows
         layers = [] if past is None else past.layers  # of an empty `DynamicCache()` there are none
         super().__init__(
@@ -154,6 +155,8 @@ class SpeculativeCache(Cache):
         """
         batch, length = attention_mask.shape
         device = attention_mask.device
+        for layer in list(self.parts):
+            self.caught[layer] = torch.cat(self.parts.pop(layer), dim=1)
         self.slots.rows = torch.arange(batch, device=device)[:, None]
         # The column of the text that each slot's key stands for, -1 where it is padding, empty or was rejected.
         # Windows count columns, padding and all, as the masks of transformers do.
@@ -176,8 +179,8 @@ class SpeculativeCache(Cache):
 
     def catch(self, layer: int | None, hidden_states: torch.Tensor) -> None:
         """Takes what a forward has made; of a prompt in several parts, all of it."""
-        if self.keeps_prompt and self.slots.nodes is None and layer in self.caught:
-            hidden_states = torch.cat([self.caught[layer], hidden_states], dim=1)
+        if self.keeps_prompt and self.slots.nodes is None:
+            self.parts.setdefault(layer, []).append(hidden_states)
         self.caught[layer] = hidden_states
 
     def prepare_step(

@@ -19,6 +19,7 @@ from .families import (
     MULTIMODAL,
     SUPPORTED_MODEL_TYPES,
     attention_windows,
+    check_feature_layers,
 )
 from .lookup import check_n_lookup_tokens
 from .tokenwise import check_tokenwise
@@ -81,6 +82,7 @@ def check_models(model, speculator) -> None:
         speculator.config.check_dials(*dials, vocab_size=min(config.vocab_size, speculator.config.vocab_size))
     else:
         check_n_lookup_tokens(getattr(speculator.config, "n_lookup_tokens", None) or 0)
+    check_feature_layers(model, getattr(speculator.config, "feature_layers", None) or ())
     if isinstance(speculator, CandidateSelection):
         speculator.speculator.check_base_model(model)
     if not uses_sdpa(model) and attn_implementation(config) != "eager":

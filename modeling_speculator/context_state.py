@@ -29,6 +29,7 @@ class Remembered:
     known: torch.Tensor
 
 
+PROMPT_PART = 1024  # columns of a prompt that are computed at once
 _remembered: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by the cache of transformers
 
 
@@ -58,15 +59,19 @@ class ContextState(DrafterState):
         self.rows = torch.arange(batch, device=device)[:, None]
         self.along = self.columns.clone()
         self.known = torch.ones(batch, call.capacity, dtype=torch.bool, device=device)
-        self.past = _remembered.get(call.past) if call.past is not None else None
+        self.past = None if call.past is None else _remembered.pop(call.past, None)
+        self.past_tokens = None
 
     def prefill(self, prompt: Prompt, cache: SpeculativeCache) -> None:
         first, end = prompt.first_column, prompt.tokens.shape[1]
         self.known[:, :end] = prompt.known
         self._recall(prompt)
-        columns = self.columns[None, first:end].expand(len(self.keys), -1)
-        tokens = prompt.tokens[:, first:].clamp(min=0)
-        context_vectors = self._advance(cache, None, tokens, columns, end)
+        # Part after part, as all of a long prompt would need a mask of its length squared.
+        for at in range(first, end, PROMPT_PART):
+            part = slice(at, min(at + PROMPT_PART, end))
+            columns = self.columns[None, part].expand(len(self.keys), -1)
+            tokens = prompt.tokens[:, part].clamp(min=0)
+            context_vectors = self._advance(cache, columns - first, tokens, columns, part.stop)
         self.context_vector.copy_(context_vectors[:, -1:])
 
     def extend(self, verified: Verified, cache: SpeculativeCache, root_column: torch.Tensor) -> None:
@@ -79,23 +84,23 @@ class ContextState(DrafterState):
     def _advance(
         self,
         cache: SpeculativeCache,
-        nodes: torch.Tensor | None,
+        nodes: torch.Tensor,
         tokens: torch.Tensor,
         columns: torch.Tensor,
         end: int,
     ) -> torch.Tensor:
-        """Writes pairs at columns (batch, n), of nodes of the step (None: of all that was read), and returns what
-        comes of them, (batch, n, width). No column is as high as `end`."""
+        """Writes pairs at columns (batch, n), of nodes (batch, n) of the forward, and returns what comes of them,
+        (batch, n, width). No column that counts is as high as `end`."""
 
         def caught(layer: int | None) -> torch.Tensor:
-            vectors = cache.caught[layer].to(self.keys.device)
-            return vectors if nodes is None else at_nodes(vectors, nodes)
+            return at_nodes(cache.caught[layer], nodes).to(self.keys.device)
 
         features = torch.cat([caught(layer) for layer in self.feature_layers], -1) if self.feature_layers else None
         hidden_states = caught(None)
         positions = columns + self.offsets
         stream, query, key, value = self.layer.read(hidden_states, self.ends.embed(tokens), features, positions)
         for storage, new in ((self.keys, key), (self.values, value)):
+            new = new.to(storage.dtype)  # under autocast it is of another
             if len(columns) == 1:
                 storage.index_copy_(2, columns[0], new)
             else:
@@ -104,15 +109,15 @@ class ContextState(DrafterState):
         # A column that is not known attends to itself alone: to nothing at all, it would be NaN.
         mask = mask | (self.columns[:end] == columns[:, :, None])
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        return self.layer.attend(hidden_states, stream, query, keys, values, mask[:, None])
+        return self.layer.attend(hidden_states, stream, query.to(keys.dtype), keys, values, mask[:, None])
 
     # Between calls
 
     def remember(self, cache, tokens: torch.Tensor, lengths: torch.Tensor, in_cache_only: int) -> None:
         columns = tokens.shape[1] - 1 + in_cache_only  # of the cache
         after = tokens.new_full((len(tokens), columns), -1)
-        if self.past is not None:
-            after[:, : self.past.tokens.shape[1]] = self.past.tokens
+        if self.past_tokens is not None:
+            after[:, : self.past_tokens.shape[1]] = self.past_tokens
         start = max(0, in_cache_only - 1)
         after[:, start:] = tokens[:, start + 1 - in_cache_only :]
         known = self.known[:, :columns] & (self.columns[:columns] < lengths + in_cache_only - 1)
@@ -120,15 +125,19 @@ class ContextState(DrafterState):
         _remembered[cache] = Remembered(weakref.ref(self.layer), after, keys, values, known)
 
     def _recall(self, prompt: Prompt) -> None:
-        """Takes over what is known of the columns that were in the caller's cache already."""
-        past, first = self.past, prompt.first_column
-        fits = past is not None and past.layer() is self.layer and past.tokens.shape == (len(self.keys), first)
-        if not fits:
-            self.past, self.known[:, :first] = None, False
+        """Takes over what is known of the columns that were in the caller's cache already, as far as the text and the
+        mask are those of then: what comes after another token was computed from another text."""
+        past, first, self.past = self.past, prompt.first_column, None
+        known = self.known[:, :first]
+        fits = past is not None and past.layer() is self.layer and len(past.tokens) == len(known)
+        if not fits or past.tokens.shape[1] < first:
+            known[:] = False
             return
-        self.keys[:, :, :first], self.values[:, :, :first] = past.keys, past.values
-        tokens = prompt.tokens[:, :first]
-        self.known[:, :first] = past.known & ((tokens == past.tokens) | (tokens < 0))
+        self.keys[:, :, :first], self.values[:, :, :first] = past.keys[:, :, :first], past.values[:, :, :first]
+        self.past_tokens, tokens = past.tokens[:, :first], prompt.tokens[:, :first]
+        mask = prompt.mask[:, :first]
+        same = (tokens == self.past_tokens) | (tokens < 0) | ~mask
+        known[:] = past.known[:, :first] & mask & same.cumprod(-1).bool()
 
 
 __all__ = ["ContextState"]

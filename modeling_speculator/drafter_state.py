@@ -37,11 +37,13 @@ class Prompt:
 
     Attributes:
         tokens: (batch, columns), the token after each column; -1 where it is in the caller's cache only.
-        known: (batch, columns) bool, False where a column is padding, or the token after it is no text.
+        mask: (batch, columns) bool, False at padding.
+        known: the same, and False where the token after a column is no text.
         first_column: of those that were read in this call; those before were in the caller's cache.
     """
 
     tokens: torch.Tensor
+    mask: torch.Tensor
     known: torch.Tensor
     first_column: int
 
@@ -65,7 +67,8 @@ class DrafterState:
         """
 
     def extend(self, verified: Verified, cache: SpeculativeCache, root_column: torch.Tensor) -> None:
-        """Takes note of the tokens that a step has emitted, some in each row; of a row that has ended, none.
+        """Takes note of the tokens that a step has emitted, some in each row. A row that has ended has none, and what
+        is drafted for it any more does not count.
 
         Args:
             cache: has the context vectors and features of the step's nodes.

@@ -51,9 +51,10 @@ class Drafting:
     def read_prompt(self, cache: SpeculativeCache, rows: Rows, prompt_mask: torch.Tensor) -> None:
         """Takes note of the prompt and the first token."""
         if self.reads_text:
-            tokens, known = rows.tokens_after(prompt_mask.to(rows.root.device))
+            mask = prompt_mask.to(rows.root.device).bool()
+            tokens, are_text = rows.tokens_after(mask.shape[1])
             first_column = tokens.shape[1] - cache.context_vectors.shape[1]
-            self.state.prefill(Prompt(tokens, known, first_column), cache)
+            self.state.prefill(Prompt(tokens, mask, mask & are_text, first_column), cache)
 
     def choose(self) -> None:
         """Decides how much is drafted next."""

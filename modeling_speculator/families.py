@@ -1,5 +1,7 @@
 """The base models whose output is known to be reproduced, and what their decoders expect of attention masks."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -61,7 +63,20 @@ def decoder_layers(base_model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a base model's decoder."""
     n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
     lists = (part for part in base_model.get_decoder().modules() if isinstance(part, nn.ModuleList))
-    return next(part for part in lists if len(part) == n_layers)
+    found = next((part for part in lists if len(part) == n_layers), None)
+    if found is None:
+        raise ValueError(f"The layers of {type(base_model).__name__} were not found, whose input is to be read.")
+    return found
+
+
+def check_feature_layers(base_model: PreTrainedModel, feature_layers: Sequence[int]) -> None:
+    """Raises a ValueError where a drafter wants to know the input of a layer that a base model does not have."""
+    n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+    if any(not 0 <= at < n_layers for at in feature_layers):
+        raise ValueError(
+            f"`feature_layers={list(feature_layers)}` names a layer that {type(base_model).__name__} does not have: "
+            f"it has {n_layers}, counted from 0."
+        )
 
 
 def changes_logits(base_model: PreTrainedModel) -> bool:

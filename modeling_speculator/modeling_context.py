@@ -8,6 +8,7 @@ from transformers import initialization as init
 from .context_layer import ContextLayer
 from .context_state import ContextState
 from .drafter_state import Call
+from .families import check_feature_layers
 from .modeling_residual import ResidualCell, ResidualConfig, ResidualSpeculator
 
 
@@ -45,10 +46,12 @@ class ContextConfig(ResidualConfig):
                 f"`emb_dim={self.emb_dim}` can't be split into {self.n_context_heads} heads of an even width: set "
                 "`context_heads`."
             )
-        self.feature_layers = list(self.feature_layers or [])
-        wrong = [at for at in self.feature_layers if not isinstance(at, int) or isinstance(at, bool) or at < 0]
-        if wrong or len(set(self.feature_layers)) < len(self.feature_layers):
-            raise ValueError(f"`feature_layers` must be different integers from 0 on, but is {self.feature_layers}.")
+        layers = self.feature_layers = [] if self.feature_layers is None else self.feature_layers
+        wrong = not isinstance(layers, list | tuple) or any(type(at) is not int or at < 0 for at in layers)
+        if wrong or len(set(layers)) < len(layers):
+            raise ValueError(f"`feature_layers` must be a list of different integers from 0 on, but is {layers!r}.")
+        if not isinstance(self.rope_theta, int | float) or self.rope_theta <= 1:
+            raise ValueError(f"`rope_theta` must be a number above 1, but is {self.rope_theta!r}.")
 
     @property
     def n_context_heads(self) -> int:
@@ -70,12 +73,7 @@ class ContextCell(ResidualCell):
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         super().check_base_model(base_model)
-        n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
-        if max(self.feature_layers, default=0) >= n_layers:
-            raise ValueError(
-                f"`feature_layers={list(self.feature_layers)}` names a layer that {type(base_model).__name__} does "
-                f"not have: it has {n_layers}, counted from 0."
-            )
+        check_feature_layers(base_model, self.feature_layers)
 
     def start(self, call: Call) -> ContextState:
         return ContextState(self.context, self._ends(), self.feature_layers, call)

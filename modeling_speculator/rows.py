@@ -76,20 +76,16 @@ class Rows:
         """(batch, 1), from a column of the cache to its position."""
         return self.from_length + 1 - self.in_cache_only
 
-    def tokens_after(self, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token after each column of the prompt, once the first one has been emitted.
-
-        Args:
-            prompt_mask: (batch, columns), 0 at padding.
+    def tokens_after(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token after each of the prompt's columns, once the first one has been emitted.
 
         Returns:
-            Token ids (batch, columns), -1 where they are in the cache only, and whether a column and the token after
-            it are text, (batch, columns): bool.
+            Token ids (batch, columns), -1 where they are in the cache only, and whether they are text, bool.
         """
-        columns, hidden = prompt_mask.shape[1], max(0, self.in_cache_only - 1)
+        hidden = max(0, self.in_cache_only - 1)
         text = slice(hidden + 1 - self.in_cache_only, columns + 1 - self.in_cache_only)
         tokens = F.pad(self.sequences[:, text], (hidden, 0), value=-1)
-        return tokens, prompt_mask.bool() & F.pad(self.readable[:, text], (hidden, 0), value=False)
+        return tokens, F.pad(self.readable[:, text], (hidden, 0), value=False)
 
     def positions(self, depths: torch.Tensor) -> torch.Tensor:
         """(batch, nodes), of nodes so deep below the root.

@@ -37,13 +37,15 @@ def main() -> None:
             f"{args.speculator} has a vocabulary of its own. A draft vocabulary is for methods residual and context."
         )
     speculator = AutoModel.from_pretrained(args.speculator)
-    counts = count_tokens(args)
     ends = end_tokens(args.base_model)
+    counts = count_tokens(args, ends)
     if args.tokens < max(len(ends), max(speculator.config.top_k_tokens_per_head)):
         raise ValueError("--tokens must leave room for what a head drafts, and for the base model's end tokens.")
     known = [token for token, _ in counts.most_common() if token < speculator.config.vocab_size]
     chosen = sorted(dict.fromkeys([*ends, *known][: args.tokens]))
     speculator.config.draft_vocabulary = chosen
+    if len(chosen) < max(speculator.config.top_k_tokens_per_head):
+        raise ValueError("The texts hold fewer different tokens than a head drafts: give more of them.")
     speculator.config.check_draft_vocabulary()
     speculator.save_pretrained(args.output)
     if provenance := trusted_provenance(args.speculator):
@@ -56,14 +58,16 @@ def main() -> None:
     say_end(args.output, then={"see what it loses": measure})
 
 
-def count_tokens(args) -> Counter:
-    """How often each token occurs."""
+def count_tokens(args, ends: list[int]) -> Counter:
+    """How often each token occurs; of a continuation, up to its end."""
     counts = Counter()
     if {Path(file).suffix for file in args.data_files} == {".parquet"}:
         rows = datasets.load_dataset("parquet", data_files=args.data_files, split="train")
         if "continuation" in rows.column_names:
             for row in rows:
-                counts.update(row["continuation"])
+                text = row["continuation"]
+                end = next((at for at, token in enumerate(text) if token in ends), len(text))
+                counts.update(text[: end + 1])
             return counts
     texts = load_texts(DataArguments(data_files=args.data_files, text_column=args.text_column))
     for document in tokenized(texts, load_tokenizer(args.base_model), args.text_column, LeftOut()):

@@ -1,5 +1,6 @@
 """Drafters that know all verified tokens: a context layer, what it is told in a call, and how it is trained."""
 
+import copy
 import gc
 import threading
 
@@ -23,6 +24,7 @@ from modeling_speculator.trainers import (
     DistillationTrainer,
     ModelArguments,
     SpeculatorTrainer,
+    dry_run,
     load_or_create_speculator,
 )
 from modeling_speculator.transformers_api import CACHE, cache_of
@@ -149,6 +151,20 @@ def test_options(family, options):
     assert farthest(*speculate(model, context_speculator(model), inputs, **options)) < SAME
 
 
+def test_a_prompt_that_is_computed_in_parts(llama, monkeypatch):
+    monkeypatch.setattr(context_state, "PROMPT_PART", 4)
+    assert farthest(*speculate(llama, context_speculator(llama), prompts())) < SAME
+
+
+def test_under_autocast(llama):
+    """Where products are in another dtype than the keys."""
+    speculator = context_speculator(llama)
+    for n in (1, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = llama.generate(**prompts(n), **GREEDY)
+            assert llama.generate(**prompts(n), **GREEDY, assistant_model=speculator).shape == expected.shape
+
+
 def test_steps_that_draft_nothing(llama):
     """Adaptive control goes on telling of what is verified."""
     speculator, options = context_speculator(llama), GREEDY | {"max_new_tokens": 60}
@@ -249,6 +265,40 @@ def test_a_second_turn_knows_the_first(family, kind):
     context_state._remembered.clear()  # without what is remembered it is otherwise
     _, distance = turn(torch.cat([text, tokens(3, 5)], dim=1))
     assert distance > 100 * SAME
+
+
+@pytest.mark.parametrize("change", ["crop", "a token", "the last token", "mask", "copy"])
+def test_what_of_it_still_fits(llama, monkeypatch, change):
+    """As much as comes before the first difference; a copied cache is another one."""
+    speculator, seen = context_speculator(llama), []
+    prefill = context_state.ContextState.prefill
+    monkeypatch.setattr(
+        context_state.ContextState,
+        "prefill",
+        lambda self, prompt, cache: (prefill(self, prompt, cache), seen.append((self, prompt)))[0],
+    )
+    options = GREEDY | {"max_new_tokens": 6, "return_dict_in_generate": True, "assistant_model": speculator}
+    first = llama.generate(tokens(8), attention_mask=torch.ones(1, 8).long(), **options)
+    cache, text = cache_of(first), torch.cat([first.sequences, tokens(3, 2)], dim=1)
+    mask, n_known = torch.ones_like(text), 13  # pairs in the cache
+    if change == "crop":
+        cache.crop(-4)
+        n_known = 9
+    elif change == "a token":
+        text[0, 5] = (text[0, 5] + 1) % VOCAB
+        n_known = 4
+    elif change == "the last token":
+        text[0, 13] = (text[0, 13] + 1) % VOCAB
+        n_known = 12
+    elif change == "mask":
+        mask[:, :3] = 0
+        n_known = 10
+    else:
+        cache, n_known = copy.deepcopy(cache), 0
+    llama.generate(text, attention_mask=mask, **options | {CACHE: cache})
+    state, prompt = seen[-1]
+    assert int(state.known[:, : prompt.first_column].sum()) == n_known
+    assert state.past is None  # what is taken over is not kept twice
 
 
 def test_a_cache_that_was_not_ours(llama):
@@ -359,8 +409,10 @@ def test_bad_configs(llama):
         ContextConfig(**shape, context_heads=3)
     with pytest.raises(ValueError, match="`context_inner_dim` must be an integer"):
         ContextConfig(**shape, context_inner_dim=-1)
-    for layers in ([-1], [1, 1], [True]):
-        with pytest.raises(ValueError, match="`feature_layers` must be different integers"):
+    with pytest.raises(ValueError, match="`rope_theta` must be a number above 1"):
+        ContextConfig(**shape, rope_theta=0)
+    for layers in ([-1], [1, 1], [True], 3):
+        with pytest.raises(ValueError, match="`feature_layers` must be a list of different integers"):
             ContextConfig(**shape, feature_layers=layers)
     with pytest.raises(ValueError, match="`method: residual` has no feature_layers"):
         load_or_create_speculator(ModelArguments(base_model="x", method="residual", feature_layers=[0]), llama)
@@ -372,6 +424,14 @@ def test_a_layer_that_is_not_there(llama, tmp_path):
         llama.generate(**prompts(), assistant_model=speculator)
     with pytest.raises(ValueError, match="does not have"):
         SpeculatorTrainer(speculator, llama, arguments(tmp_path), train_dataset=rows(2, 12))
+    own = OracleWithContext(llama, context_speculator(llama), tokens(9))
+    own.config.feature_layers = [7]
+    with pytest.raises(ValueError, match=r"`feature_layers=\[7\]` names a layer"):
+        llama.generate(**prompts(), assistant_model=own)
+    llama.save_pretrained(tmp_path / "base")
+    flags = ["--base_model", str(tmp_path / "base"), "--method", "context", "--context_heads", "2", "--stage", "1"]
+    with pytest.raises(ValueError, match="names a layer that LlamaForCausalLM does not have"):
+        dry_run([*flags, "--feature_layers", "9", "--data_files", __file__, "--output_dir", str(tmp_path / "out")])
 
 
 def test_tensors_that_are_missing(llama):

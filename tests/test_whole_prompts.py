@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 import torch
+from drafters import context_speculator
 from tiny_models import character_tokenizer, prompts, tiny_model
 from trainings import arguments, speculator
 
@@ -78,6 +80,31 @@ def test_the_noise_belongs_to_the_prompt(llama):
     together = sampler.write(inputs["input_ids"], 7, inputs["attention_mask"])
     short = sampler.write(inputs["input_ids"][1:], 7, inputs["attention_mask"][1:])
     assert short.tolist() == together[1:].tolist()
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0], [0, 0, 0], [1, 0, 1]], ids=str)
+def test_padding_that_is_not_before_a_prompt(llama, mask):
+    with pytest.raises(ValueError, match="must be 0 at padding before it"):
+        ContinuationSampler(llama, 4).write(torch.tensor([[5, 6, 7]]), 0, torch.tensor([mask]))
+
+
+@pytest.mark.parametrize("make", [speculator, "with a context layer"])
+def test_longer_rows_than_prompts(tmp_path, llama, make):
+    """Of those it is measured on, the end counts: padding comes first. Other columns are not looked at."""
+    mask = [[0] * 12 + [1] * 4, [0] * 9 + [1] * 7]
+    rows = datasets.Dataset.from_dict({"input_ids": [[7] * 16] * 2, "attention_mask": mask, "of": ["a", "b"]})
+    model = speculator() if make is speculator else context_speculator(llama)
+    options = {"facts": {"base_model": "here", "base_model_weights": "x"}, "prompt_length": 8, "generation_length": 8}
+    trainer = DistillationTrainer(model, llama, arguments(tmp_path), train_dataset=rows, eval_dataset=rows, **options)
+    (_, seen), n_own = trainer.acceptance.prompts(rows)
+    assert seen.sum(-1).tolist() == [4, 7] and n_own == 2
+    first = trainer.evaluate()
+    assert (
+        first["eval_tokens_per_step"] >= 1
+        and trainer.evaluate()["eval_tokens_per_step"] == first["eval_tokens_per_step"]
+    )
+    trainer.write_continuations(tmp_path / "kept")
+    assert set(trainer.train_dataset.column_names) == {"input_ids", "attention_mask", "continuation"}
 
 
 @pytest.mark.parametrize("is_kept", [False, True])

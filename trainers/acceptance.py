@@ -1,13 +1,13 @@
 """Expected tokens per step of a speculator in training, on what the base model writes after held-out prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..measuring.evaluation import accepted_drafts, simulate_steps
-from .continuations import ContinuationSampler
+from .continuations import Continuations, ContinuationSampler
 from .distribution import gathered
 
 
@@ -38,7 +38,7 @@ class ExpectedAcceptance:
         self.samplers, self.accelerator, self.feature_layers = samplers, accelerator, feature_layers
         self.shows_bar = shows_bar and accelerator.is_main_process
         self.n_prompts, self.prompt_length, self.seed = n_prompts, prompt_length, seed
-        self._prompts, self._texts = None, {}
+        self._prompts, self._n_own, self._texts = None, 0, {}
 
     @torch.no_grad()
     def measure(self, model, dataset) -> dict[str, float]:
@@ -54,10 +54,9 @@ class ExpectedAcceptance:
         with gathered(model), self.accelerator.autocast():
             for name, texts in self._texts.items():
                 totals = torch.zeros(2, dtype=torch.long)
-                for written in texts:
-                    written = written.to(self.accelerator.device)
-                    accepted = accepted_drafts(speculator, written.starts(speculator), written.labels)
-                    totals += torch.tensor(simulate_steps(accepted, (written.labels != -100).sum(-1)))
+                for written, labels in self._read(name, texts):
+                    accepted = accepted_drafts(speculator, written.starts(speculator), labels)
+                    totals += torch.tensor(simulate_steps(accepted, (labels != -100).sum(-1)))
                 steps, tokens = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
                 measured[name] = tokens / max(1, steps)
         return measured
@@ -70,10 +69,13 @@ class ExpectedAcceptance:
         first = self.accelerator.process_index * share
         numbers = [at % rows * len(dataset) // rows for at in range(first, first + share)]
         rows_of = [dataset[number] for number in numbers]
-        prompts = torch.tensor([row["input_ids"] for row in rows_of])[:, : self.prompt_length]
-        mask = torch.ones_like(prompts)
-        if "attention_mask" in rows_of[0]:
-            mask = torch.tensor([row["attention_mask"] for row in rows_of])[:, : self.prompt_length]
+        prompts = torch.tensor([row["input_ids"] for row in rows_of])
+        if "attention_mask" in rows_of[0]:  # padding comes first
+            mask = torch.tensor([row["attention_mask"] for row in rows_of])[:, -self.prompt_length :]
+            prompts = prompts[:, -self.prompt_length :]
+        else:
+            prompts = prompts[:, : self.prompt_length]
+            mask = torch.ones_like(prompts)
         return torch.stack([prompts, mask]), max(0, min(share, rows - first))
 
     def _write(self, prompts: torch.Tensor, n_own: int) -> None:
@@ -82,8 +84,20 @@ class ExpectedAcceptance:
         shown = {"desc": "texts to evaluate on", "unit": "batch", "leave": False, "disable": not self.shows_bar}
         for name, sampler in self.samplers.items():
             parts = tqdm(prompts.to(self.accelerator.device).split(ROWS_TO_WRITE, dim=1), **shown)
-            texts = [sampler(some, self.seed, mask, self.feature_layers).to("cpu") for some, mask in parts]
-            for row in range(n_own, prompts.shape[1]):  # these count in another process
-                texts[row // ROWS_TO_WRITE].labels[row % ROWS_TO_WRITE] = -100
-            self._texts[name] = texts
-        self._prompts = prompts
+            if self.feature_layers is None:
+                self._texts[name] = [sampler(some, self.seed, mask).to("cpu") for some, mask in parts]
+            else:  # states and features of whole texts are large: they are read again at each evaluation
+                self._texts[name] = [(sampler.write(some, self.seed, mask).cpu(), mask.cpu()) for some, mask in parts]
+        self._prompts, self._n_own = prompts, n_own
+
+    def _read(self, name: str, texts: list) -> Iterator[tuple[Continuations, torch.Tensor]]:
+        """What one sampler has written, batch by batch, and its labels, but for rows that count in another process."""
+        device = self.accelerator.device
+        for number, written in enumerate(texts):
+            if isinstance(written, Continuations):
+                written = written.to(device)
+            else:
+                written = self.samplers[name].read(*(part.to(device) for part in written), self.feature_layers)
+            labels = written.labels.clone()
+            labels[max(0, self._n_own - number * ROWS_TO_WRITE) :] = -100
+            yield written, labels

@@ -138,6 +138,10 @@ class ContinuationSampler:
         """
         check_positions(self.base_model, prompts.shape[1] + self.generation_length)
         mask = torch.ones_like(prompts) if mask is None else mask
+        if not bool((mask.diff(dim=-1) >= 0).all() & (mask[:, -1] > 0).all()):
+            raise ValueError(
+                "A prompt's `attention_mask` must be 0 at padding before it, and 1 from there to the end of the row."
+            )
         padding = _common_padding(mask)
         processors = [] if self.is_greedy else [*self.warpers, _Noise(text_keys(prompts, seed), padding)]
         with torch.autocast(prompts.device.type, enabled=False), self._own_generation_config():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checks import check_positions, check_shapes
 from ..context_vectors import Reading
 from ..drafters import DRAFTERS
-from ..families import output_logits
+from ..families import check_feature_layers, output_logits
 from ..loading import base_model_config, speculator_config
 from ..measuring.prompts import read_prompts
 from ..transformers_api import fake_tensors, storage_id
@@ -69,6 +69,7 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
     base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     speculator = DRAFTERS[type(speculator_config)](speculator_config)
     check_shapes(base_model, speculator)
+    check_feature_layers(base_model, speculator.speculator.feature_layers)
     rows = training.per_device_train_batch_size
     new_tokens = data.sequence_length if training.stage == 1 else data.generation_length
     length = new_tokens if training.stage == 1 else data.prompt_length + new_tokens

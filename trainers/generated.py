@@ -100,7 +100,8 @@ def _continue(
         some = mine[at : at + batch_size]
         rounds = torch.tensor([number // len(prompts) for number in some], device=accelerator.device)
         rows = [prompts[order(number // len(prompts))[number % len(prompts)]] for number in some]
-        columns = {name: torch.tensor([row[name] for row in rows], device=accelerator.device) for name in rows[0]}
+        names = [name for name in ("input_ids", "attention_mask") if name in rows[0]]
+        columns = {name: torch.tensor([row[name] for row in rows], device=accelerator.device) for name in names}
         input_ids, mask = columns["input_ids"], columns.get("attention_mask")
         texts = sampler.write(input_ids, seed + 2**32 * (rounds + 1), mask)
         written.append(columns | {"continuation": texts[:, input_ids.shape[1] :]})

@@ -25,7 +25,8 @@ def load_whole_prompts(data: DataArguments, tokenizer: PreTrainedTokenizerBase) 
     held_out = {_plain(turn) for prompt in measured_on for turn in prompt.turns}
     kept = [prompt for prompt in prompts if _plain(prompt.turns[0]) not in held_out]
     rows = encode([_first_turn(prompt) for prompt in kept], [[] for _ in kept], tokenizer, _has_chat(tokenizer))
-    fitting = [row for row in rows if 0 < len(row) <= data.prompt_length]
+    rows = [row for row in rows if row]
+    fitting = [row for row in rows if len(row) <= data.prompt_length]
     if len(kept) < len(prompts):
         warn(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are measured on, and left out of the training.")
     if len(fitting) < len(rows):
