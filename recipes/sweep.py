@@ -24,7 +24,7 @@ from modeling_speculator.loading import load_base_model
 from modeling_speculator.measuring import benchmarking, evaluation
 from modeling_speculator.precision import PRECISIONS, keep_precision
 from modeling_speculator.trainers import DataArguments, load_texts, pack
-from modeling_speculator.trainers.continuations import Continuations, ContinuationSampler
+from modeling_speculator.trainers.continuations import ContinuationSampler
 
 
 RECIPES = Path(__file__).parent
@@ -149,27 +149,31 @@ def run(stage: int, flags: dict) -> None:
         )
 
 
-def held_out_texts(args) -> tuple[PreTrainedModel, dict[str, Continuations]]:
-    """The base model, and what it writes after held-out prompts, greedily where that does not loop, and sampled."""
+def held_out_texts(args) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The base model, and held-out prompts with what it writes after them, greedily where that does not loop, and
+    sampled: (texts, PROMPT_LENGTH + NEW_TOKENS) token ids."""
     base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
     texts = load_texts(DataArguments(data_files=[str(args.corpus / "held_out.jsonl")]))
     rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
     prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
     greedy, sampled = (
-        ContinuationSampler(base_model, NEW_TOKENS, temperature)(prompts, seed=0)
+        ContinuationSampler(base_model, NEW_TOKENS, temperature).write(prompts, seed=0)
         for temperature in tqdm((0.0, 1.0), desc="texts to measure on", unit="text a prompt", leave=False)
     )
-    varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in greedy.labels.tolist()])
-    return base_model, {"greedy": greedy.rows(varied), "sampled": sampled}
+    labels = ContinuationSampler(base_model, NEW_TOKENS).labels(greedy[:, PROMPT_LENGTH:])
+    varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in labels.tolist()])
+    return base_model, {"greedy": greedy[varied], "sampled": sampled}
 
 
-def measure(folder: Path, base_model: PreTrainedModel, texts: dict[str, Continuations]) -> dict:
+def measure(folder: Path, base_model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict:
     """Tokens per step of a trained speculator, its size, and the losses of its trainings: {stage: [[step, loss]]}."""
     stages = sorted(folder.glob("stage*"))
     speculator = AutoModel.from_pretrained(stages[-1])
     row = {"n_predict": speculator.config.n_predict, "parameters": speculator.num_parameters(), "losses": {}}
-    for name, written in texts.items():
-        drafter = speculator.beside(base_model)
+    drafter, cell = speculator.beside(base_model), speculator.speculator
+    for name, whole in texts.items():
+        layers = cell.feature_layers if cell.reads_text else None
+        written = ContinuationSampler(base_model, NEW_TOKENS).read(whole, feature_layers=layers)
         accepted = evaluation.accepted_drafts(drafter, written.starts(drafter), written.labels)
         steps, tokens = evaluation.simulate_steps(accepted, (written.labels != -100).sum(-1))
         row[name] = tokens / steps

@@ -35,10 +35,6 @@ class Continuations(NamedTuple):
     def to(self, device: torch.device) -> "Continuations":
         return Continuations(*(part if part is None else part.to(device) for part in self))
 
-    def rows(self, rows: torch.Tensor) -> "Continuations":
-        """Some of the batch."""
-        return Continuations(*(part if part is None else part[rows] for part in self))
-
     def starts(self, drafter: CandidateSelection) -> torch.Tensor:
         """(batch, generation_length, emb_dim), what drafts after these tokens start from."""
         states = drafter.with_context(self.states, self.tokens, self.features, self.segments)
