@@ -13,6 +13,7 @@ from transformers import AutoModel, CompileConfig, GenerationConfig
 from modeling_speculator.base_model_ends import BaseModelEnds
 from modeling_speculator.families import output_logits
 from modeling_speculator.measuring.acceptance import measure_acceptance
+from modeling_speculator.measuring.benchmarking import step_times
 from modeling_speculator.modeling_residual import ResidualConfig, ResidualSpeculator
 from modeling_speculator.trainers import (
     DistillationTrainer,
@@ -126,6 +127,13 @@ def test_a_compiled_step_is_compiled_once(llama, speculator):
 def test_simulated_steps_are_the_loops(llama, speculator):
     measured = measure_acceptance(llama, speculator, **prompts(), max_new_tokens=40, do_sample=False)
     assert all(row.emitted_per_step == row.simulated_per_step for row in measured)
+
+
+def test_the_time_of_its_drafts_is_measured(llama, speculator):
+    """Though in each call another object drafts."""
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "assistant_model": speculator}
+    times = step_times(llama, speculator, lambda: llama.generate(**prompts(1), **options).speculation, repeats=1)
+    assert times["draft_ms"] > 0
 
 
 def test_two_base_models_at_once(llama, speculator):
