@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drafters import Oracle
+from drafters import Oracle, context_speculator
 from tiny_models import FAMILIES, HIDDEN, VOCAB, tiny_model
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
@@ -14,9 +14,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def speculator():
+@pytest.fixture(params=["published", "context"])
+def speculator(request):
+    """Of tokens of its own, and with a context layer and a draft vocabulary."""
     torch.manual_seed(0)
+    if request.param == "context":
+        return context_speculator(tiny_model("llama"), draft_vocabulary=list(range(0, VOCAB, 2))).to(DEVICE)
     return MLPSpeculatorPreTrainedModel(MLPSpeculatorConfig(vocab_size=VOCAB, emb_dim=HIDDEN)).eval().to(DEVICE)
 
 
