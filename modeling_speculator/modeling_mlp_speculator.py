@@ -126,8 +126,8 @@ class MLPSpeculatorPreTrainedModel(CandidateSelection, WholeCheckpoints, PreTrai
         n_predict, n = self.config.n_predict, hidden_states.shape[1]
         needed = n + n_predict - 1
         n_context = needed - labels.shape[1] if labels is not None and cell.reads_text else 0
-        has_labels = labels is None or labels.shape[1] == needed - n_context
-        if input_ids.shape[1] < needed or not 0 <= n_context < n or not has_labels:
+        labels_fit = labels is None or labels.shape[1] == needed - n_context
+        if input_ids.shape[1] < needed or not 0 <= n_context < n or not labels_fit:
             raise ValueError(
                 f"{n} context vectors and {n_predict} heads need `input_ids` of at least, and `labels` of exactly, "
                 f"n + n_predict - 1 = {needed} tokens; got {input_ids.shape[1]}"

@@ -118,7 +118,7 @@ def test_saved_and_loaded(llama, tmp_path):
     assert type(loaded) is ContextSpeculator and loaded.config.feature_layers == [0, 1]
     again = loaded.state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in speculator.state_dict().items())
-    assert speculate(llama, speculator, prompts())[1].sequences is not None
+    assert farthest(*speculate(llama, loaded, prompts())) < SAME
 
 
 # In the loop
@@ -185,7 +185,6 @@ def test_its_own_drafts(llama, dials):
 
 
 def test_a_compiled_step(llama):
-    oracle, _ = speculate(llama, context_speculator(llama), prompts(2), cache_implementation="static")
     speculator = context_speculator(llama)
     expected = llama.generate(**prompts(2), **GREEDY).tolist()
     compiled = {"cache_implementation": "static", "compile_config": CompileConfig()}
