@@ -95,6 +95,12 @@ class BaseModelEnds:
         logits = nn.functional.linear(features.to(rows.weight.device, rows.weight.dtype), rows.weight, rows.bias)
         return family_logits(self.base_model, logits).to(features.device)
 
+    def draft_head(self, rows: DraftRows) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`draft_logits` as `lm_head` is given: with a gradient in the features alone."""
+        if rows.bias is not None or changes_logits(self.base_model):
+            return DraftHead(self, rows)
+        return _linear(rows.weight)
+
     @torch.no_grad()
     def sketch(self, rows: torch.Tensor) -> torch.Tensor | None:
         """Some rows (n,) of the embeddings, each projected to a few numbers; None where they can't be read.
@@ -146,14 +152,29 @@ class BaseModelHead:
         return family_logits(self.base_model, logits, self.out_features).to(features.device)
 
 
+class DraftHead:
+    """The part of an LM head that scores what can be drafted, with what its family does to logits."""
+
+    def __init__(self, ends: BaseModelEnds, rows: DraftRows):
+        self.ends, self.rows, self.out_features = ends, rows, len(rows.ids)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        return self.ends.draft_logits(features, self.rows)
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    """A product with a weight that is there and gets no gradient."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
 def _frozen(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """An LM head as it is, but that its weights get no gradient: the base model is not ours to train."""
     if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in head.parameters()):
         return head
     if type(head) is nn.Linear and head.bias is None:
-        same = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        same.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
-        return same
+        return _linear(head.weight)
     weights = {name: weight.detach() for name, weight in head.named_parameters()}
     return lambda features: torch.func.functional_call(head, weights, (features,))
 

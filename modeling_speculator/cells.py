@@ -137,6 +137,10 @@ class Cell(nn.Module):
         """What makes logits (..., vocab) of a head's features; its `out_features` says how many."""
         return self.head[head]
 
+    def draft_head(self, head: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+        """What is trained: `lm_head`, or what scores the tokens that can be drafted, and their ids, ascending."""
+        return self.lm_head(head), None
+
     def draft_logits(
         self, head: int, features: torch.Tensor, vocab_size: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

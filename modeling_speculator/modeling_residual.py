@@ -3,6 +3,7 @@ and LM head read and score the tokens."""
 
 import bisect
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -115,6 +116,11 @@ class ResidualCell(Cell):
 
     def lm_head(self, head: int):
         return self._ends().lm_head
+
+    def draft_head(self, head: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+        if self.draft_rows is None:
+            return super().draft_head(head)
+        return self._ends().draft_head(self.draft_rows), self.draft_rows.ids
 
     def draft_logits(
         self, head: int, features: torch.Tensor, vocab_size: int | None

@@ -6,12 +6,14 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_model
+from test_draft_vocabulary import IDS
+from tiny_models import VOCAB, tiny_model
 from torch import nn
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel
 from modeling_speculator.context_vectors import recorded_states
 from modeling_speculator.families import output_logits
+from modeling_speculator.modeling_residual import ResidualConfig, ResidualSpeculator
 from modeling_speculator.trainers import losses
 from modeling_speculator.trainers.base_model import check_output_logits
 from modeling_speculator.trainers.chunked import chunked_linear
@@ -24,7 +26,6 @@ ALPHA = [0.2 + 0.2 + 0.2, 0.4]
 KL = [0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.2) + 0.2 * math.log(0.2 / 0.6), math.log(1 / 0.4)]
 W = [math.exp(-3 * alpha) for alpha in ALPHA]
 BY_HAND = {
-    "argmax": [-math.log(0.2), -math.log(0.4)],
     "forward_kl": KL,
     "total_variation": [1 - alpha for alpha in ALPHA],
     "negative_log_acceptance": [-math.log(alpha) for alpha in ALPHA],
@@ -69,12 +70,12 @@ def test_a_draft_that_can_never_be_accepted_has_a_finite_loss(ruled_out):
         assert torch.autograd.grad(value.sum(), q)[0].isfinite().all()
 
 
-def test_a_mix_and_what_is_ignored():
+def test_a_mix():
     p, q, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, -100, 4])
-    mix = losses.mixed(["cross_entropy", "forward_kl"], [0.25, 2.0], q, labels, p)
+    mix = losses.mixed(["cross_entropy", "forward_kl", "argmax"], [0.25, 2.0, 3.0], q, labels, p, p.argmax(-1))
     expected = 0.25 * losses.cross_entropy(q, labels) + 2.0 * losses.forward_kl(q, p)
-    torch.testing.assert_close(mix[[0, 2]], expected[[0, 2]])
-    assert mix[1] == 0
+    expected -= 3.0 * q.log_softmax(-1)[range(3), p.argmax(-1)]
+    torch.testing.assert_close(mix, expected)
 
 
 def score(logits, at, labels, theirs):
@@ -222,6 +223,40 @@ def test_the_base_models_distribution_is_that_of_the_heads_token(speculator):
             if labels[row, head + j] != -100
         ]
         torch.testing.assert_close(out.losses[head], torch.cat(values).mean())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "argmax", "forward_kl", "negative_log_acceptance"])
+def test_a_head_learns_what_it_can_draft(llama, loss):
+    """Against a loop over positions: targets that a draft vocabulary lacks add nothing, and p is one of the rest."""
+    speculator = ResidualSpeculator(ResidualConfig(vocab_size=VOCAB, emb_dim=32, n_predict=3, draft_vocabulary=IDS))
+    torch.nn.init.normal_(speculator.speculator.proj_out[0].weight)
+    states, tokens, next_states = torch.randn(2, 6, 32), torch.randint(VOCAB, (2, 8)), torch.randn(2, 8, 32)
+    labels = torch.tensor(IDS)[torch.randint(len(IDS), (2, 8))]
+    labels[0, 2:4], labels[1, 3:5] = 9, -100  # 9 is not drafted
+    options = {"next_states": next_states, "base_logits": partial(output_logits, llama)}
+    out = speculator(states, tokens, labels, objective=partial(objective([loss]), **options), base_model=llama)
+    logits = speculator(states, tokens, base_model=llama).logits[..., IDS]
+    theirs, ids = output_logits(llama, next_states), torch.tensor(IDS)
+    for head in range(3):
+        values = []
+        for row, at in ((row, at) for row in range(2) for at in range(6) if labels[row, head + at] != -100):
+            p, q = theirs[row, head + at], logits[head, row, at]
+            target = p.argmax() if loss == "argmax" else labels[row, head + at]
+            if loss in losses.DISTRIBUTION_LOSSES:
+                values.append(losses.DISTRIBUTION_LOSSES[loss](q[None], p[None, ids])[0])
+            else:
+                values.append(-q.log_softmax(-1)[ids == target].sum())
+        torch.testing.assert_close(out.losses[head], torch.stack(values).mean())
+        here = labels[:, head : head + 6]
+        assert out.correct[:, head].tolist() == (ids[logits[head].argmax(-1)] == here).sum(-1).tolist()
+        assert out.counted[:, head].tolist() == (here != -100).sum(-1).tolist()
+    whole = objective([loss])
+    speculator.config.draft_vocabulary = list(range(VOCAB))
+    same = speculator(states, tokens, labels, objective=partial(whole, **options), base_model=llama).losses
+    speculator.config.draft_vocabulary = None
+    torch.testing.assert_close(
+        speculator(states, tokens, labels, objective=partial(whole, **options), base_model=llama).losses, same
+    )
 
 
 def test_the_base_models_distribution_may_be_that_which_tokens_are_sampled_from(speculator):

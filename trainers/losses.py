@@ -22,11 +22,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
 
 
-def argmax(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
-    """-log q of the base model's most probable token: (positions, vocab) twice -> (positions,)."""
-    return F.cross_entropy(logits, base_logits.argmax(-1), reduction="none")
-
-
 def forward_kl(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
     """KL(p || q), to which a token that p rules out adds nothing: (positions, vocab) twice -> (positions,)."""
     p = base_logits.softmax(-1)
@@ -61,16 +56,16 @@ def lk_hybrid(logits: torch.Tensor, base_logits: torch.Tensor) -> torch.Tensor:
     return weight * forward_kl(logits, base_logits) + (1 - weight) * (1 - alpha)
 
 
-# Those on the true token, and those on the base model's distribution.
+# Those on a token: the true one, or the base model's most probable one; and those on the base model's distribution.
 TOKEN_LOSSES = {"cross_entropy": cross_entropy}
+CHOICE_LOSSES = {"argmax": cross_entropy}
 DISTRIBUTION_LOSSES = {
     "forward_kl": forward_kl,
     "total_variation": total_variation,
     "negative_log_acceptance": negative_log_acceptance,
     "lk_hybrid": lk_hybrid,
-    "argmax": argmax,
 }
-LOSSES = (*TOKEN_LOSSES, *DISTRIBUTION_LOSSES)
+LOSSES = (*TOKEN_LOSSES, *CHOICE_LOSSES, *DISTRIBUTION_LOSSES)
 
 
 def mixed(
@@ -78,14 +73,22 @@ def mixed(
     weights: list[float],
     logits: torch.Tensor,
     labels: torch.Tensor,
-    base_logits: torch.Tensor | None,
+    base_logits: torch.Tensor | None = None,
+    choices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A weighted sum of losses by name, 0 where the label is -100: (positions,)."""
+    """A weighted sum of losses by name: (positions,).
+
+    Args:
+        logits, base_logits: (positions, vocab).
+        labels, choices: (positions,), the true tokens and the base model's most probable ones; -100 adds nothing.
+    """
     total = 0.0
     for name, weight in zip(names, weights, strict=True):
         if name in TOKEN_LOSSES:
             loss = TOKEN_LOSSES[name](logits, labels)
+        elif name in CHOICE_LOSSES:
+            loss = CHOICE_LOSSES[name](logits, choices)
         else:
             loss = DISTRIBUTION_LOSSES[name](logits, base_logits)
         total = total + weight * loss
-    return total.masked_fill(labels == -100, 0.0)
+    return total

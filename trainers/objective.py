@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from ..cells import Cell
 from .chunked import CHUNK_ELEMENTS, chunked_linear
-from .losses import DISTRIBUTION_LOSSES, mixed
+from .losses import CHOICE_LOSSES, DISTRIBUTION_LOSSES, mixed
 
 
 @dataclass
@@ -58,8 +58,13 @@ class Objective:
 
     @property
     def needs_distribution(self) -> bool:
-        """Whether the base model's own logits are needed, not only its tokens."""
+        """Whether the base model's distribution is needed at every position of every head."""
         return any(name in DISTRIBUTION_LOSSES for name in self.losses)
+
+    @property
+    def needs_choices(self) -> bool:
+        """Whether the base model's most probable tokens are needed."""
+        return any(name in CHOICE_LOSSES for name in self.losses)
 
     def __call__(
         self,
@@ -87,19 +92,23 @@ class Objective:
             size = hidden_states.float().square().mean(-1, keepdim=True).sqrt() * self.hidden_state_noise
             hidden_states = hidden_states + (torch.randn_like(hidden_states) * size).to(hidden_states.dtype)
         state, tokens = speculator.first_state(hidden_states), input_ids[:, :n]
+        choices = self._choices(next_states, base_logits) if self.needs_choices else None
         sums, observed = [], []
         n_predict = len(self.top_k)
         for head in range(n_predict):
-            state = speculator.advance(head, state, tokens)
+            state, here = speculator.advance(head, state, tokens), slice(head, head + n)
+            lm_head, ids = speculator.draft_head(head)
             score = partial(
                 self._score,
                 top_k=self.top_k[head],
-                labels=labels[:, head : head + n].flatten(),
-                next_states=next_states[:, head : head + n].flatten(0, 1) if self.needs_distribution else None,
+                ids=ids,
+                labels=labels[:, here].flatten(),
+                choices=None if choices is None else choices[:, here].flatten(),
+                next_states=next_states[:, here].flatten(0, 1) if self.needs_distribution else None,
                 base_logits=base_logits,
             )
             features = speculator.features(state).flatten(0, 1)
-            loss, values = chunked_linear(speculator.lm_head(head), features, score, self.chunk_elements)
+            loss, values = chunked_linear(lm_head, features, score, self.chunk_elements)
             sums.append(loss)
             observed.append(values.view(batch, n, 4))
             tokens = input_ids[:, head + 1 : head + 1 + n]
@@ -113,22 +122,36 @@ class Objective:
         row_losses, correct, correct_top_k, _ = torch.stack(observed).sum(2).unbind(-1)  # (n_predict, batch)
         return ObjectiveOutput(loss, losses, row_losses.T, correct.T, correct_top_k.T, counted)
 
-    def _score(self, logits, at, top_k, labels, next_states, base_logits):
-        """The sum of losses of a chunk; of each position the loss, if the head is right, drafts it, its choice."""
-        labels = labels[at]
+    @torch.no_grad()
+    def _choices(self, next_states: torch.Tensor, base_logits) -> torch.Tensor:
+        """The base model's most probable token after each state: (batch, n, emb_dim) -> (batch, n)."""
+        states = next_states.flatten(0, 1)
+        vocab_size = base_logits(states[:1]).shape[-1]
+        parts = states.split(max(1, self.chunk_elements // vocab_size))
+        return torch.cat([base_logits(part).argmax(-1) for part in parts]).view(next_states.shape[:2])
+
+    def _score(self, logits, at, top_k, ids, labels, choices, next_states, base_logits):
+        """The sum of losses of a chunk; of each position the loss, if the head is right, drafts it, its choice.
+
+        Args:
+            ids: of the tokens that are scored; None for all. A target that can't be drafted adds nothing.
+        """
+        ignored, labels = labels[at] == -100, _places(labels[at], ids)
+        choices = None if choices is None else _places(choices[at], ids)
         with torch.no_grad():
-            theirs = self._target(base_logits(next_states[at]).float()) if self.needs_distribution else None
+            theirs = self._target(base_logits(next_states[at]).float(), ids) if self.needs_distribution else None
             choice = logits.argmax(-1)
             truth = logits.gather(1, labels.clamp(min=0)[:, None])
             drafted = ((logits > truth).sum(-1) < top_k) & (labels != -100)
-        losses = mixed(self.losses, self.loss_weights, logits, labels, theirs)
+        losses = mixed(self.losses, self.loss_weights, logits, labels, theirs, choices).masked_fill(ignored, 0.0)
+        own = choice if ids is None else ids[choice]
         # A token is exact in float32, up to 2^24.
-        values = [losses.detach(), (choice == labels).float(), drafted.float(), choice.float()]
+        values = [losses.detach(), (choice == labels).float(), drafted.float(), own.float()]
         return losses.sum(), torch.stack(values, dim=-1)
 
-    def _target(self, logits: torch.Tensor) -> torch.Tensor:
-        """The base model's logits (positions, vocab), warped as `generate` does where it samples."""
-        logits = TemperatureLogitsWarper(self.target_temperature)(None, logits)
+    def _target(self, logits: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """The base model's logits (positions, vocab) of what can be drafted, warped as `generate` does to sample."""
+        logits = TemperatureLogitsWarper(self.target_temperature)(None, logits if ids is None else logits[:, ids])
         return logits if self.target_top_k is None else TopKLogitsWarper(self.target_top_k)(None, logits)
 
 
@@ -136,3 +159,11 @@ def counted_labels(labels: torch.Tensor, n_predict: int) -> torch.Tensor:
     """How many positions of each row count for each head: (batch, n + n_predict - 1) -> (batch, n_predict)."""
     n = labels.shape[1] - n_predict + 1
     return (labels != -100).unfold(1, n, 1).sum(-1)
+
+
+def _places(tokens: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """Where tokens (...) are among ids (n,) in ascending order; -100 where they are not."""
+    if ids is None:
+        return tokens
+    places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+    return torch.where(ids[places] == tokens, places, -100)

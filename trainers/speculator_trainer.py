@@ -93,7 +93,7 @@ class SpeculatorTrainer(PublishingTrainer):
             target_temperature=args.target_temperature,
             target_top_k=args.target_top_k,
         )
-        if self.objective.needs_distribution:
+        if self.objective.needs_distribution or self.objective.needs_choices:
             check_output_logits(self.base_model, args.device)
         for data in self._datasets()[1:]:
             if data is not None:
