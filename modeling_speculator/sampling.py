@@ -125,7 +125,7 @@ def gumbel_noise(row_keys: torch.Tensor, positions: torch.Tensor, token_keys: to
     Args:
         row_keys: (batch, 1) int64.
         positions: (batch, positions) int64; read from memory where this is compiled, as `token_keys` says.
-        token_keys: (vocab,), from the function of this name.
+        token_keys: (vocab,), from the function of this name; or (batch, 1, n), those of some tokens.
     """
     stream = _mix(row_keys + positions * -0x2E0F93B0B2C6A3A7)[..., None]  # an odd constant
     bits = _mix(stream + token_keys)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, TemperatureLogitsWarper
 
 from ..candidates import CandidateSelection
 from ..checks import check_positions
@@ -67,7 +67,7 @@ class ContinuationSampler:
         self.base_model, self.generation_length = base_model, generation_length
         self.is_greedy = temperature == 0
         self.warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
-        self.warpers.append(TopKLogitsWarper(top_k))
+        self.top_k = top_k
         eos = base_model.generation_config.eos_token_id
         self.eos_token_ids = torch.tensor([] if eos is None else eos, dtype=torch.long).flatten()
         pad = base_model.generation_config.pad_token_id
@@ -139,7 +139,7 @@ class ContinuationSampler:
                 "A prompt's `attention_mask` must be 0 at padding before it, and 1 from there to the end of the row."
             )
         padding = _common_padding(mask)
-        processors = [] if self.is_greedy else [*self.warpers, _Noise(text_keys(prompts, seed), padding)]
+        processors = [] if self.is_greedy else [*self.warpers, _Draw(text_keys(prompts, seed), padding, self.top_k)]
         with torch.autocast(prompts.device.type, enabled=False), self._own_generation_config():
             texts = self.base_model.generate(
                 prompts[:, padding:],
@@ -172,13 +172,16 @@ def _common_padding(mask: torch.Tensor) -> int:
     return mask.shape[1] - int(mask.sum(-1).max())
 
 
-class _Noise(LogitsProcessor):
-    """Gumbel-max: the most probable token of these scores is a sample of the ones before."""
+class _Draw(LogitsProcessor):
+    """Gumbel-max among the `top_k` most probable tokens: the only one that is left is a sample of them."""
 
-    def __init__(self, row_keys: torch.Tensor, padding: int):
-        self.row_keys, self.padding = row_keys, padding
+    def __init__(self, row_keys: torch.Tensor, padding: int, top_k: int):
+        self.row_keys, self.padding, self.top_k = row_keys, padding, top_k
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         positions = torch.full_like(self.row_keys[:, None], self.padding + input_ids.shape[1])
-        tokens = token_keys(scores.shape[-1], scores.device)
-        return scores + gumbel_noise(self.row_keys[:, None], positions, tokens)[:, 0]
+        best, tokens = scores.topk(min(self.top_k, scores.shape[-1]))
+        keys = token_keys(scores.shape[-1], scores.device)[tokens]
+        noise = gumbel_noise(self.row_keys[:, None], positions, keys[:, None])[:, 0]  # (batch, top_k)
+        drawn = tokens.gather(1, (best + noise).argmax(-1, keepdim=True))
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
