@@ -4,8 +4,9 @@ A rotated key or a learned position carries its position with it, so the order o
 nodes therefore leave holes that the next step writes into, and nothing is ever moved: a step costs no copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from transformers import Cache
@@ -38,13 +39,20 @@ class SpeculativeLayer(CacheLayerMixin):
         slots: shared by all layers.
         past: the layer of an earlier call's cache to go on from; it is copied.
         storage: keys and values of an earlier call, which nobody uses any more.
+        guest_slots: before all others, for rows of a guest in a step's forward; nothing of them is kept.
     """
 
     is_sliding = False  # a window is a matter of the mask: what it hides stays stored
 
-    def __init__(self, slots: Slots, past: CacheLayerMixin | None = None, storage: tuple = (None, None)):
+    def __init__(
+        self,
+        slots: Slots,
+        past: CacheLayerMixin | None = None,
+        storage: tuple = (None, None),
+        guest_slots: int = 0,
+    ):
         super().__init__()
-        self.storage = storage
+        self.storage, self.guest_slots = storage, guest_slots
         self.slots = slots  # not the cache: a cycle would keep the memory until Python collects it
         self.length = 0  # tokens written before the first step
         if past is not None and past.is_initialized:
@@ -52,13 +60,14 @@ class SpeculativeLayer(CacheLayerMixin):
             self.length = int(past.get_seq_length())
             # Of a layer with a window the oldest are gone, and of a static one the rest is empty.
             stored = min(self.length, past.keys.shape[2])
-            self.keys[:, :, self.length - stored : self.length] = past.keys[:, :, :stored]
-            self.values[:, :, self.length - stored : self.length] = past.values[:, :, :stored]
+            end = guest_slots + self.length
+            self.keys[:, :, end - stored : end] = past.keys[:, :, :stored]
+            self.values[:, :, end - stored : end] = past.values[:, :, :stored]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def allocate(like: torch.Tensor, storage: torch.Tensor | None) -> torch.Tensor:
             # Zeros: attention multiplies the values of unused slots by 0, and memory as it comes may hold NaN.
-            shape = (*like.shape[:2], self.slots.capacity, like.shape[-1])
+            shape = (*like.shape[:2], self.guest_slots + self.slots.capacity, like.shape[-1])
             if storage is None or (storage.shape, storage.dtype, storage.device) != (shape, like.dtype, like.device):
                 return like.new_zeros(shape)
             return storage.zero_()
@@ -70,21 +79,33 @@ class SpeculativeLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (batch, kv_heads, nodes, head_dim) and returns views of all the slots that are in use."""
+        """Writes (batch, kv_heads, nodes, head_dim) and returns views of all the slots that are in use.
+
+        Where there are more rows than nodes, the others are a guest's, and its slots come first in the views.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.slots.nodes is None:  # prefill: the tokens of the prompt, one after another
             start, self.length = self.length, self.length + key_states.shape[2]
-            self.keys[:, :, start : self.length] = key_states
-            self.values[:, :, start : self.length] = value_states
-            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        in_use = self.slots.in_use
+            first, start, end = self.guest_slots, start + self.guest_slots, self.length + self.guest_slots
+            self.keys[:, :, start:end] = key_states
+            self.values[:, :, start:end] = value_states
+            return self.keys[:, :, first:end], self.values[:, :, first:end]
+        n_nodes = self.slots.nodes.shape[1]
+        n_guests = key_states.shape[2] - n_nodes
+        if n_guests:
+            self.keys[:, :, :n_guests] = key_states[:, :, n_nodes:]
+            self.values[:, :, :n_guests] = value_states[:, :, n_nodes:]
+            key_states, value_states = key_states[:, :, :n_nodes], value_states[:, :, :n_nodes]
         self._write(self.keys, key_states)
         self._write(self.values, value_states)
-        return self.keys[:, :, :in_use], self.values[:, :, :in_use]
+        seen = slice(0 if n_guests else self.guest_slots, self.guest_slots + self.slots.in_use)
+        return self.keys[:, :, seen], self.values[:, :, seen]
 
     def _write(self, storage: torch.Tensor, states: torch.Tensor) -> None:
         rows, nodes = self.slots.rows, self.slots.nodes
+        if self.guest_slots:
+            nodes = nodes + self.guest_slots
         if storage.device != nodes.device:  # a model spread over several
             rows, nodes = rows.to(storage.device), nodes.to(storage.device)
         if len(nodes) == 1:  # half the time of the general case
@@ -118,6 +139,7 @@ class SpeculativeCache(Cache):
         past: the cache of an earlier call.
         storage: keys and values of each layer of an earlier call, which nobody uses any more; or none.
         keeps_prompt: whether what all forwards of the prefill have made is wanted, and not of the last one only.
+        guest_slots: of each layer that takes a guest's rows, slots for these.
     """
 
     def __init__(
@@ -128,6 +150,7 @@ class SpeculativeCache(Cache):
         past: Cache | None = None,
         storage: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
         keeps_prompt: bool = False,
+        guest_slots: Mapping[int, int] = MappingProxyType({}),
     ):
         self.slots = Slots(capacity)
         self.caught, self.keeps_prompt = {}, keeps_prompt
@@ -140,6 +163,7 @@ class SpeculativeCache(Cache):
                     self.slots,
                     layers[index] if index < len(layers) else None,
                     storage[index] if index < len(storage) else (None, None),
+                    guest_slots.get(index, 0),
                 )
                 for index in range(n_layers)
             ]
@@ -246,7 +270,7 @@ class SpeculativeCache(Cache):
         slots = slots[:, :length]
         empty_cache(cache)
         for index, layer in enumerate(self.layers):
-            rows, ordered = self.slots.rows.to(layer.keys.device), slots.to(layer.keys.device)
+            rows, ordered = self.slots.rows.to(layer.keys.device), slots.to(layer.keys.device) + layer.guest_slots
             keys, values = layer.keys[rows, :, ordered], layer.values[rows, :, ordered]
             if release:
                 layer.keys = layer.values = None

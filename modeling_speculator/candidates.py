@@ -1,5 +1,7 @@
 """Candidates' selection: what the heads think likely, as drafted sequences or as the best nodes of a tree."""
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from .cells import Cell
@@ -28,9 +30,27 @@ class CandidateSelection:
         """Whether it wants to know all verified tokens, and not the last context vector alone."""
         return self.speculator.reads_text
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its state in a call wants to know those of the prompt."""
+        return self.speculator.reads_prompt
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers of the base model, what enters which is read, too, where it reads texts."""
+        return self.speculator.feature_layers
+
     def start(self, call: Call) -> DrafterState:
         """What is known of the tokens of a call of `generate`."""
         return self.speculator.start(call)
+
+    def guest_slots(self, max_nodes: int) -> dict[int, int]:
+        """Slots for rows of its own, in each layer of the base model where a forward over so many nodes has some."""
+        return self.speculator.guest_slots(max_nodes)
+
+    def guests_allowed(self) -> AbstractContextManager:
+        """What must surround forwards with rows of its own."""
+        return self.speculator.guests_allowed()
 
     def with_context(self, *text: torch.Tensor | None) -> torch.Tensor:
         """`Cell.with_context`: what a draft starts from at all places of a text at once."""

@@ -36,6 +36,7 @@ class Cell(nn.Module):
     reads_tokens = True  # whether a state depends on the drafted tokens, and so differs between branches
     needs_base_model = False  # whether it uses layers of the base model, to which `bound` binds it
     reads_text = False  # whether the first state depends on other verified tokens than the last
+    reads_prompt = False  # whether its state in a call of `generate` wants to know the prompt
     feature_layers: tuple[int, ...] = ()  # layers of the base model, what enters which is read, too
 
     def __init__(self, config: MLPSpeculatorConfig):
@@ -74,6 +75,10 @@ class Cell(nn.Module):
     def start(self, call: Call) -> DrafterState:
         """What is known of the tokens of a call of `generate`; its `context_vector` is what a draft starts from."""
         return LastContextVector(call)
+
+    def guest_slots(self, max_nodes: int) -> dict[int, int]:
+        """Of each layer of the base model in which it has rows of its own beside nodes, how many at most."""
+        return {}
 
     def with_context(
         self,

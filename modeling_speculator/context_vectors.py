@@ -3,24 +3,18 @@
 And features: what enters some of its layers, where a drafter asks for that.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 
 from .cache import SpeculativeCache
 from .families import decoder_layers
+from .shared_hooks import shared_hooks
 from .transformers_api import cache_of
-
-
-# Of each decoder or layer that is listened to: the calls that do, and its hook. One for all calls: a compiled step is
-# guarded by the hooks that were there, and other threads' calls, which come and go meanwhile, must not change them.
-_at_work: WeakKeyDictionary = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 @contextmanager
@@ -31,33 +25,22 @@ def handed_to_cache(model, feature_layers: Sequence[int] = ()) -> Iterator[None]
     By way of the cache, because the model may at the same time serve other threads, which have other caches.
     """
     layers = decoder_layers(model) if feature_layers else ()
-    listeners = {model.get_decoder(): None} | {layers[at]: at for at in feature_layers}
-    with _lock:
-        for module, at in listeners.items():
-            calls, handle = _at_work.get(module) or (0, _listen(module, at))
-            _at_work[module] = calls + 1, handle
-    try:
+    hooks = [(layers[at], "hand over", partial(_listen, at)) for at in feature_layers]
+    with shared_hooks([(model.get_decoder(), "hand over", _listen_after), *hooks]):
         yield
-    finally:
-        with _lock:
-            for module in listeners:
-                calls, handle = _at_work.pop(module)
-                if calls > 1:
-                    _at_work[module] = calls - 1, handle
-                else:
-                    handle.remove()
 
 
-def _listen(module, at: int | None):
-    if at is None:
-        return module.register_forward_hook(_hand_over)
+def _listen_after(decoder):
+    return decoder.register_forward_hook(_hand_over)
 
+
+def _listen(at: int, layer):
     def hand_over(module, args, kwargs) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, SpeculativeCache):
                 value.catch(at, entering(args, kwargs))
 
-    return module.register_forward_pre_hook(hand_over, with_kwargs=True)
+    return layer.register_forward_pre_hook(hand_over, with_kwargs=True)
 
 
 def _hand_over(module, args, output) -> None:

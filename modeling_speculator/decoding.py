@@ -45,7 +45,7 @@ class SpeculativeDecoder:
     def run(self) -> None:
         """Decodes; the text is in `rows`."""
         model = self.model
-        with handed_to_cache(model, self.drafting.feature_layers):
+        with handed_to_cache(model, self.drafting.feature_layers), self.drafting.guests_allowed():
             self.prefill()
             mode = torch.inference_mode() if self.allows_inference_mode else nullcontext()
             masked = nullcontext() if self.cache.dense else tree_attention(model)
@@ -59,8 +59,9 @@ class SpeculativeDecoder:
         request, config, capacity = self.request, self.model.config.get_text_config(decoder=True), self.capacity()
         windows, storage = attention_windows(config), self.reusable_storage()
         depth, max_nodes = self.drafting.depth, self.drafting.max_nodes
+        keeps_prompt, guest_slots = self.drafting.reads_prompt, self.drafting.guest_slots
         self.cache = SpeculativeCache(
-            config.num_hidden_layers, capacity, windows, request.past, storage, self.drafting.reads_text
+            config.num_hidden_layers, capacity, windows, request.past, storage, keeps_prompt, guest_slots
         )
         # The loop keeps a cache of its own, whether or not the caller wants one.
         model_kwargs = request.model_kwargs | {"use_cache": True}
@@ -114,16 +115,18 @@ class SpeculativeDecoder:
 
     def verify(self, tree: CandidateTree, root_column: torch.Tensor, in_use: int):
         """One forward of the base model over all nodes, each attending to its sequence and its ancestors."""
-        return self.model(
-            input_ids=tree.input_ids,
-            attention_mask=self.cache.prepare_step(tree, root_column, in_use),
-            position_ids=self.rows.positions(tree.depths),
-            use_cache=True,
-            return_dict=True,
-            **{CACHE: self.cache},
-            **self.rows.types_of(tree.input_ids),
-            **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
-        )
+        masks = self.cache.prepare_step(tree, root_column, in_use)
+        with self.drafting.state.beside_nodes(masks, self.cache):
+            return self.model(
+                input_ids=tree.input_ids,
+                attention_mask=masks,
+                position_ids=self.rows.positions(tree.depths),
+                use_cache=True,
+                return_dict=True,
+                **{CACHE: self.cache},
+                **self.rows.types_of(tree.input_ids),
+                **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
+            )
 
     def accept(self, tree: CandidateTree, root_column: torch.Tensor, outputs) -> None:
         """Emits the accepted tokens, keeps their keys and values, and frees the slots of the others."""

@@ -3,6 +3,7 @@
 A drafter that wants more than the last context vector has a `start` that returns a `DrafterState` of its own.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +55,20 @@ class DrafterState:
     Attributes:
         STATE: names of the tensors that steps write to or read again and again.
         context_vector: (batch, 1, emb_dim), what a draft starts from.
+        is_ready: whether that is known: before the first step not to all.
     """
 
     STATE: tuple[str, ...] = ()
     context_vector: torch.Tensor | None = None
+    is_ready = True
+
+    def beside_nodes(self, masks, cache: SpeculativeCache) -> AbstractContextManager:
+        """Surrounds a step's forward: for a drafter that adds to it.
+
+        Args:
+            masks: of the nodes, as the base model is given them (`SpeculativeCache.prepare_step`).
+        """
+        return nullcontext()
 
     def prefill(self, prompt: Prompt, cache: SpeculativeCache) -> None:
         """Takes note of a prompt; called where the drafter reads text.

@@ -18,6 +18,7 @@ from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_prompt_lookup import PromptLookupConfig
 from .modeling_residual import ResidualConfig, ResidualSpeculator
+from .modeling_streaming import StreamingConfig, StreamingSpeculator
 from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
 
 
@@ -26,6 +27,7 @@ DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     MedusaConfig: MedusaModel,
     ResidualConfig: ResidualSpeculator,
     ContextConfig: ContextSpeculator,
+    StreamingConfig: StreamingSpeculator,
     UnconditionedConfig: UnconditionedSpeculator,
 }
 

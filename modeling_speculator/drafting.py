@@ -1,5 +1,7 @@
 """A drafter at work in one call: how much it drafts for the next step, and by which of its dials."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from transformers import Cache
 
@@ -19,7 +21,8 @@ class Drafting:
         choice: how much is drafted for the next tree.
         depth: the most tokens of a path.
         max_nodes: the most nodes of a tree, its root included.
-        reads_text: whether the drafter wants to know all verified tokens.
+        reads_prompt: whether the drafter wants to know the tokens before the first.
+        guest_slots: of each layer of the base model in which it has rows of its own, slots for these.
         feature_layers: layers of the base model, the input of which it wants to know.
         state: what it knows of this call.
 
@@ -35,10 +38,16 @@ class Drafting:
         self.most_drafted = max_nodes(config)  # by the drafter itself, the root included
         self.max_nodes = self.most_drafted + self.choice.n_lookup_tokens
         self.is_on = self.choice.n_candidates > 0
-        self.reads_text = self.is_on and getattr(self.speculator, "reads_text", False)
+        self.reads_prompt = self.is_on and getattr(self.speculator, "reads_prompt", False)
+        n_slots = getattr(self.speculator, "guest_slots", lambda max_nodes: {})
+        self.guest_slots = n_slots(self.max_nodes) if self.is_on else {}
         self.feature_layers = tuple(getattr(config, "feature_layers", None) or ()) if self.is_on else ()
         self.state = DrafterState()
         self.policy = AdaptiveSpeculation(choices_of(config)) if adapts and self.is_on else None
+
+    def guests_allowed(self) -> AbstractContextManager:
+        """What must surround a call in which the drafter adds to the base model's forwards."""
+        return self.speculator.guests_allowed() if self.guest_slots else nullcontext()
 
     def start(self, cache: SpeculativeCache, rows: Rows, past: Cache | None) -> None:
         """Begins to take note of what is verified, once the prompt has been read."""
@@ -50,7 +59,7 @@ class Drafting:
 
     def read_prompt(self, cache: SpeculativeCache, rows: Rows, prompt_mask: torch.Tensor) -> None:
         """Takes note of the prompt and the first token."""
-        if self.reads_text:
+        if self.reads_prompt:
             mask = prompt_mask.to(rows.root.device).bool()
             tokens, are_text = rows.tokens_after(mask.shape[1])
             first_column = tokens.shape[1] - cache.context_vectors.shape[1]
@@ -84,7 +93,7 @@ class Drafting:
     def drafted(self, rows: Rows) -> CandidateTree:
         """The drafter's own tree: its candidates merged."""
         root, context_vector = rows.root, self.state.context_vector
-        if self.n_predict == 0:
+        if self.n_predict == 0 or not self.state.is_ready:
             return CandidateTree.root_only(root)
         if self.n_tree_nodes is not None:
             drafted = self.speculator.generate_tree(context_vector, root, self.n_tree_nodes)

@@ -59,6 +59,22 @@ def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:
     return {None: config.sliding_window if config.model_type in ONE_WINDOWED_MASK else None}
 
 
+def mask_kinds(config: PreTrainedConfig) -> tuple[str | None, ...]:
+    """Of each layer of a decoder, which of the masks of `attention_windows` it takes."""
+    if config.model_type in MASK_PER_LAYER_TYPE:
+        return tuple(config.layer_types)
+    return (None,) * config.num_hidden_layers
+
+
+def final_norm(base_model: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer of a base model's decoder, of which context vectors come out."""
+    decoder = base_model.get_decoder()
+    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+        if hasattr(decoder, name):
+            return getattr(decoder, name)
+    raise ValueError(f"The final norm of {type(base_model).__name__} was not found, which streams go through.")
+
+
 def decoder_layers(base_model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a base model's decoder."""
     n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers

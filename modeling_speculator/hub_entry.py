@@ -12,6 +12,8 @@ from .drafters import (
     MLPSpeculatorPreTrainedModel,
     ResidualConfig,
     ResidualSpeculator,
+    StreamingConfig,
+    StreamingSpeculator,
     UnconditionedConfig,
     UnconditionedSpeculator,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "MedusaModel",
     "ResidualConfig",
     "ResidualSpeculator",
+    "StreamingConfig",
+    "StreamingSpeculator",
     "UnconditionedConfig",
     "UnconditionedSpeculator",
     "generation_hook",

@@ -61,7 +61,7 @@ class ContextConfig(ResidualConfig):
 class ContextCell(ResidualCell):
     """A residual cell whose first state is a context vector that has been through a context layer."""
 
-    reads_text = True
+    reads_text = reads_prompt = True
 
     def __init__(self, config: ContextConfig):
         super().__init__(config)

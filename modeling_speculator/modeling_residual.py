@@ -8,7 +8,7 @@ from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
 
 
 class ResidualConfig(BoundConfig):
-    """Shape and dials as of `BoundConfig`; `inner_dim` is the width within a head, `tie_weights` shares one among them.
+    """Shape and dials as of `BoundConfig`: `inner_dim` is the width within a head, `tie_weights` shares one head.
 
     Raises:
         ValueError: for `scale_input`, which it does not have.

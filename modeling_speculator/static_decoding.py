@@ -106,7 +106,8 @@ class StaticDecoder(SpeculativeDecoder):
                 if self.keeps_storage:
                     torch.compiler.cudagraph_mark_step_begin()
                 try:
-                    outcome = step(self, view)
+                    # The first step of some drafters is another one, and not worth a compilation.
+                    outcome = (step if self.drafting.state.is_ready else function)(self, view)
                 except cant_be_compiled() as error:  # before anything has run
                     logger.warning(
                         f"The step can't be compiled for {type(self.model).__name__}, and runs uncompiled: {error}"

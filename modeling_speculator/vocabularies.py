@@ -6,7 +6,6 @@ What both have is read and drafted. No output depends on it: an id that is never
 import torch
 
 from .candidates import CandidateSelection
-from .drafter_state import Call, DrafterState, LastContextVector
 
 
 # More than tokens added for a chat, or padding to a multiple of 64 or 256, come to: it is another tokenizer then.
@@ -27,15 +26,8 @@ class SpeculatorOfCommonIds:
         chooses = lacks_some and isinstance(speculator, CandidateSelection)
         self.dials = {"vocab_size": vocab_size} if chooses else {}
 
-    @property
-    def reads_text(self) -> bool:
-        return getattr(self.speculator, "reads_text", False)
-
-    def start(self, call: Call) -> DrafterState:
-        return getattr(self.speculator, "start", LastContextVector)(call)
-
-    def with_context(self, *text: torch.Tensor | None) -> torch.Tensor:
-        return self.speculator.with_context(*text)
+    def __getattr__(self, name: str):
+        return getattr(self.speculator, name)
 
     def generate_candidates(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, **dials) -> torch.Tensor:
         dials = self.dials | dials

@@ -5,6 +5,7 @@ import torch
 from modeling_speculator.measuring.evaluation import starts_of_drafts
 from modeling_speculator.measuring.oracle import Oracle
 from modeling_speculator.modeling_context import ContextConfig, ContextSpeculator
+from modeling_speculator.modeling_streaming import StreamingConfig, StreamingSpeculator
 
 
 def oracle_for(model, inputs, text, **options):
@@ -21,12 +22,12 @@ class OracleWithContext(Oracle):
             gives after the same token; of a row that has ended without meaning.
     """
 
-    reads_text = True
+    reads_text = reads_prompt = True
 
     def __init__(self, model, speculator, text, attention_mask=None, **options):
         super().__init__(model, text, attention_mask, **options)
         self.bound = speculator.beside(model)
-        self.config.feature_layers = speculator.config.feature_layers
+        self.config.feature_layers = getattr(speculator.config, "feature_layers", [])
         mask = torch.ones_like(text) if attention_mask is None else attention_mask
         self.context_vectors = starts_of_drafts(model, speculator, text, mask)
         self.distances = []
@@ -34,11 +35,30 @@ class OracleWithContext(Oracle):
     def start(self, call):
         return self.bound.start(call)
 
+    def guest_slots(self, max_nodes):
+        return self.bound.guest_slots(max_nodes)
+
+    def guests_allowed(self):
+        return self.bound.guests_allowed()
+
     def generate_candidates(self, hidden_states, input_ids, n_candidates=None):
         distance = (self.context_vectors - hidden_states).norm(dim=-1)
         follows = self.text[:, 1 : 1 + distance.shape[1]] == input_ids
         self.distances.append(distance.masked_fill(~follows, torch.inf).amin(-1).tolist())
         return super().generate_candidates(hidden_states, input_ids, n_candidates)
+
+
+def streaming_speculator(base_model, **config):
+    """Streams with adapters that are far from where they start."""
+    torch.manual_seed(0)
+    shape = base_model.config.get_text_config(decoder=True)
+    sizes = {"vocab_size": shape.vocab_size, "emb_dim": shape.hidden_size, "n_streams": 3, "lora_rank": 4}
+    speculator = StreamingSpeculator(StreamingConfig(**sizes | {"n_stream_layers": 1} | config)).eval()
+    speculator.speculator.start_from(base_model)
+    with torch.no_grad():
+        for weight in speculator.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return speculator
 
 
 def context_speculator(base_model, **config):

@@ -39,7 +39,8 @@ def starts_of_drafts(model, speculator, text: torch.Tensor, attention_mask: torc
         text: (batch, length), left-padded.
         attention_mask: (batch, <= length), of its beginning, 0 at padding.
     """
-    drafter, layers = beside(model, speculator), getattr(speculator.config, "feature_layers", None) or ()
+    drafter = beside(model, speculator)
+    layers = getattr(drafter, "feature_layers", ())
     reading = read_text(model, text[:, :-1], attention_mask[:, : text.shape[1] - 1], layers)
     if not getattr(drafter, "reads_text", False):
         return reading.hidden_states

@@ -1,0 +1,214 @@
+"""Speculative Streaming (arXiv 2402.11131): further streams in the base model's upper layers guess the next tokens,
+one each, while the model verifies the last ones."""
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .drafter_state import Call
+from .families import decoder_layers
+from .guests import guests_allowed, linear_layers
+from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
+from .stream_state import StreamState
+from .streams import Streams, read_streams
+
+
+class StreamingConfig(BoundConfig):
+    """Dials as of `BoundConfig`; `n_streams` is another name for `n_predict`, as stream i drafts what head i does.
+
+    Args:
+        n_stream_layers: of the base model, the last ones, that streams run through; 0 means a quarter of them.
+        lora_rank: of the adapters (arXiv 2106.09685) on their linear layers, which act on streams alone; 0 for none.
+        lora_alpha: they are multiplied by `lora_alpha / lora_rank`; 0 means twice the rank.
+        n_base_layers: layers of the base model; set when a new speculator is made for one.
+        adapted: the linear layers with an adapter, by their name in a layer: [inputs, outputs]; set then, too.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    model_type = "speculative_streams"
+    methods = ("streaming",)
+    attribute_map = BoundConfig.attribute_map | {"n_streams": "n_predict"}
+
+    method: str = "streaming"
+    n_stream_layers: int = 0
+    lora_rank: int = 8
+    lora_alpha: int = 0
+    n_base_layers: int = 0
+    adapted: dict[str, list[int]] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.inner_dim not in (0, self.emb_dim) or self.tie_weights or self.scale_input:
+            raise ValueError(
+                "Streams are as wide as the base model, and have no heads to share: drop `inner_dim`, `tie_weights` "
+                "and `scale_input`."
+            )
+        for name in ("n_stream_layers", "lora_rank", "lora_alpha", "n_base_layers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
+        if self.n_base_layers and self.n_stream_layers > self.n_base_layers:
+            raise ValueError(
+                f"`n_stream_layers={self.n_stream_layers}` is more than the {self.n_base_layers} layers of the base "
+                "model."
+            )
+        self.adapted = {} if self.adapted is None else self.adapted
+        super().__post_init__(**kwargs)
+
+    def fit(self, base_model: PreTrainedModel) -> None:
+        """Takes over what a new speculator has to know of its base model.
+
+        Raises:
+            ValueError: where the streams don't fit into it.
+        """
+        layers = decoder_layers(base_model)
+        self.n_base_layers = len(layers)
+        self.n_stream_layers = self.n_stream_layers or math.ceil(len(layers) / 4)
+        if self.n_stream_layers > len(layers):
+            raise ValueError(
+                f"`n_stream_layers={self.n_stream_layers}` is more than the {len(layers)} layers of "
+                f"{type(base_model).__name__}."
+            )
+        found = [linear_layers(layer) for layer in layers[self.first_layer :]]
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"The last {self.n_stream_layers} layers of {type(base_model).__name__} differ in their linear "
+                "layers: lower `n_stream_layers`, so that those which streams run through are alike."
+            )
+        self.adapted = {name: list(sizes) for name, sizes in found[0].items()} if self.lora_rank else {}
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that streams run through."""
+        return self.n_base_layers - self.n_stream_layers
+
+
+class LoRA(nn.Module):
+    """`scale * B A x`, with the names that peft gives its weights; B starts at zero."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int, scale: float):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=False)
+        self.scale = scale
+
+    def start(self) -> None:
+        """As peft does: A by Kaiming, B at zero."""
+        init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        init.zeros_(self.lora_B.weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(..., n_in) -> (..., n_out), in the dtype of `inputs`."""
+        return (self.scale * self.lora_B(self.lora_A(inputs.to(self.lora_A.weight.dtype)))).to(inputs.dtype)
+
+
+class StreamingCell(BoundCell):
+    """Stream i of a place starts at layer N - Ns as M + P_i, M the main stream's state there, and runs through the
+    last Ns layers; the LM head reads what comes out. A state is the streams of a place, one after the other.
+
+    Attributes:
+        embeddings: P, (n_predict, emb_dim).
+        adapters: by layer, counted from the first one of the streams, and by name in it.
+    """
+
+    reads_tokens = False
+    reads_text = True
+    reads_prompt = False
+
+    def __init__(self, config: StreamingConfig):
+        super().__init__(config)
+        self.embeddings = nn.Parameter(torch.zeros(config.n_predict, config.emb_dim))
+        self.adapters = nn.ModuleList()
+        self._add_adapters()
+
+    def _add_adapters(self) -> None:
+        config = self.config
+        scale = (config.lora_alpha or 2 * config.lora_rank) / max(1, config.lora_rank)
+        for _ in range(config.n_stream_layers if config.adapted else 0):
+            sizes = config.adapted.items()
+            of_layer = {name.replace(".", "-"): LoRA(*size, config.lora_rank, scale) for name, size in sizes}
+            self.adapters.append(nn.ModuleDict(of_layer))
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """What streams start from is what enters their first layer."""
+        return (self.config.first_layer,)
+
+    @property
+    def streams(self) -> Streams:
+        return Streams(self.embeddings, self.config.first_layer, self.adapters)
+
+    def start_from(self, base_model: PreTrainedModel) -> None:
+        super().start_from(base_model)
+        self.config.fit(base_model)
+        self._add_adapters()
+        for adapter in (part for part in self.adapters.modules() if isinstance(part, LoRA)):
+            adapter.start()
+
+    def check_base_model(self, base_model: PreTrainedModel) -> None:
+        super().check_base_model(base_model)
+        layers, config, name = decoder_layers(base_model), self.config, type(base_model).__name__
+        if len(layers) != config.n_base_layers:
+            raise ValueError(
+                f"The streams were made for a base model of {config.n_base_layers} layers, but {name} has "
+                f"{len(layers)}: take the streams of this base model."
+            )
+        found = linear_layers(layers[-1])
+        wrong = [part for part, sizes in config.adapted.items() if found.get(part) != tuple(sizes)]
+        if wrong:
+            raise ValueError(
+                f"The streams adapt {', '.join(wrong)}, which {name} does not have, or not in these sizes: take the "
+                "streams of this base model."
+            )
+
+    def first_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    def advance(self, head: int, state: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        return state if head == 0 else state.roll(-self.inner_dim, dims=-1)
+
+    def features(self, state: torch.Tensor) -> torch.Tensor:
+        return super().features(state[..., : self.inner_dim])
+
+    def start(self, call: Call) -> StreamState:
+        return StreamState(self.streams, self._ends().base_model, call)
+
+    def guest_slots(self, max_nodes: int) -> dict[int, int]:
+        n_slots = max_nodes * self.config.n_predict
+        return dict.fromkeys(range(self.config.first_layer, self.config.n_base_layers), n_slots)
+
+    def guests_allowed(self) -> AbstractContextManager:
+        return guests_allowed(self._ends().base_model, self.streams.adapted)
+
+    def with_context(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        features: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, n, n_predict * emb_dim); `features` are what enters the first layer of the streams."""
+        return read_streams(self._ends().base_model, self.streams, features, segments)
+
+
+class StreamingSpeculator(BoundSpeculator):
+    """Streams as a speculator: `model.generate(assistant_model=streams)`, and the text is the base model's own."""
+
+    config_class = StreamingConfig
+    cells = {"streaming": StreamingCell}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LoRA):
+            module.start()
+        elif isinstance(module, StreamingCell):
+            init.zeros_(module.embeddings)
+        if not isinstance(module, nn.Linear):
+            super()._init_weights(module)
+
+
+__all__ = ["StreamingConfig", "StreamingSpeculator"]

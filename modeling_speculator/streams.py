@@ -1,0 +1,237 @@
+"""Streams in the upper layers of a base model: beside the nodes of a step, and along a text at all places at once.
+
+Stream j of a place attends to what its place attends to and to the streams <= j of that; no other place attends to it.
+Its rotary position is its place's (arXiv 2402.11131, section 3.1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from .families import attention_windows
+from .guests import Guest, guests_allowed, received
+from .transformers_api import CACHE
+
+
+ROWS_AT_ONCE = 1024  # of streams along a text
+Masks = torch.Tensor | dict[str, torch.Tensor]  # as a decoder takes them: one, or one for each type of layer
+
+
+@dataclass
+class Streams:
+    """What they start from, and what is different for them.
+
+    Attributes:
+        embeddings: (streams of a place, hidden_size), added to the main stream's state.
+        first_layer: of the base model, that they run through.
+        adapters: by layer from that one on, and by the name of a linear layer in it, what is added to its output.
+    """
+
+    embeddings: torch.Tensor
+    first_layer: int
+    adapters: Sequence[nn.ModuleDict]
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def adapted(self) -> tuple[tuple[int, str], ...]:
+        """The linear layers with an adapter: of which layer of the base model, under which name."""
+        layers = enumerate(self.adapters, start=self.first_layer)
+        return tuple((at, key.replace("-", ".")) for at, of_layer in layers for key in of_layer)
+
+    def starting_at(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, n, hidden_size) -> (batch, n * streams, hidden_size), those of a place one after the other."""
+        return (states[:, :, None] + self.embeddings.to(states.device, states.dtype)).flatten(1, 2)
+
+    def change(self, layer: int, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        """What an adapter adds: (batch, rows, outputs)."""
+        return self.adapters[layer - self.first_layer][name.replace(".", "-")](inputs)
+
+    def own_mask(self, n: int, columns: int, device: torch.device) -> torch.Tensor:
+        """(n * streams, columns) bool: which of the streams of n places each attends to."""
+        rows, others = torch.arange(n * len(self), device=device)[:, None], torch.arange(columns, device=device)
+        return (rows // len(self) == others // len(self)) & (others <= rows)
+
+
+@dataclass
+class StreamsOfNodes(Guest):
+    """A step's forward over nodes, each with its streams after them all.
+
+    Attributes:
+        kinds: of all layers, which of the masks they take.
+        masks: of the nodes, additive: (batch, 1, nodes, slots).
+        guest_slots: of the cache, before those of the masks.
+        leaving: (batch, nodes * streams, hidden_size), what came out of the last layer.
+    """
+
+    streams: Streams
+    kinds: Sequence[str | None]
+    masks: Masks
+    guest_slots: int
+    leaving: torch.Tensor | None = None
+    n_nodes: int = 0
+    repeated: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        masks = self.masks if isinstance(self.masks, dict) else {None: self.masks}
+        self.n_nodes = next(iter(masks.values())).shape[2]
+        self.masks = {kind: self._with_streams(mask) for kind, mask in masks.items()}
+
+    def _with_streams(self, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, nodes, slots) -> (batch, 1, nodes * (1 + streams), guest_slots + slots)."""
+        lowest = torch.finfo(mask.dtype).min
+        own = self.streams.own_mask(self.n_nodes, self.guest_slots, mask.device)
+        own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(~own, lowest)
+        left = torch.cat([own.new_full((self.n_nodes, self.guest_slots), lowest), own])
+        right = torch.cat([mask, mask.repeat_interleave(len(self.streams), dim=2)], dim=2)
+        return torch.cat([left.expand(len(mask), 1, -1, -1), right], dim=3)
+
+    def enter(self, layer: int, inputs: dict) -> None:
+        if layer < self.streams.first_layer:
+            return
+        states, kind = inputs["hidden_states"], self.kinds[layer]
+        if layer == self.streams.first_layer:
+            states = inputs["hidden_states"] = torch.cat([states, self.streams.starting_at(states)], dim=1)
+        inputs["attention_mask"] = self.masks[kind].to(states.device)
+        for name in ("position_ids", "position_embeddings"):
+            if inputs.get(name) is not None:
+                if (name, kind) not in self.repeated:
+                    self.repeated[name, kind] = _of_rows(inputs[name], self._repeat)
+                inputs[name] = self.repeated[name, kind]
+
+    def _repeat(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, values.repeat_interleave(len(self.streams), dim=1)], dim=1)
+
+    def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        nodes, streams = outputs[:, : self.n_nodes], outputs[:, self.n_nodes :]
+        return torch.cat([nodes, streams + self.streams.change(layer, name, inputs[:, self.n_nodes :])], dim=1)
+
+    def leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.leaving = hidden_states[:, self.n_nodes :]
+        return hidden_states[:, : self.n_nodes]
+
+
+# Along a text
+
+
+@dataclass
+class _UpperLayers(Guest):
+    """A forward through the upper layers alone, over rows that are given: the lower ones see a single row."""
+
+    first_layer: int
+    rows: torch.Tensor
+    streams: Streams | None = None  # those whose adapters act on all rows
+
+    def enter(self, layer: int, inputs: dict) -> None:
+        if layer == self.first_layer:
+            inputs["hidden_states"] = self.rows
+        elif layer < self.first_layer:
+            inputs["hidden_states"] = inputs["hidden_states"][:, :1]
+            inputs["attention_mask"] = inputs["attention_mask"][:, :, :1, :1]
+            for name in ("position_ids", "position_embeddings"):
+                if inputs.get(name) is not None:
+                    inputs[name] = _of_rows(inputs[name], lambda values: values[:, :1])
+
+    def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs if self.streams is None else outputs + self.streams.change(layer, name, inputs)
+
+
+class _MainStream(DynamicLayer):
+    """Keys and values of the first forward, which all others attend to beside their own."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+            return key_states, value_states
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+
+class _Nothing(DynamicLayer):
+    """Keeps no keys."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return key_states, value_states
+
+
+def read_streams(
+    base_model, streams: Streams, states: torch.Tensor, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What comes out of the streams of all places of a text, after the base model's final norm.
+
+    The main stream runs through the upper layers first, without a gradient; then the streams of some places at a time.
+
+    Args:
+        states: (batch, n, hidden_size), what enters the streams' first layer.
+        segments: (batch, n), a number for each document, and for padding; None where each row is one text.
+
+    Returns:
+        (batch, n, streams * hidden_size), those of a place one after the other.
+    """
+    config = base_model.config.get_text_config(decoder=True)
+    states = states.to(base_model.dtype)
+    batch, n, width = states.shape
+    first, places = streams.first_layer, torch.arange(n, device=states.device)
+    cache = Cache(layers=[_Nothing() if at < first else _MainStream() for at in range(config.num_hidden_layers)])
+    main = {kind: _text_mask(places, window, segments) for kind, window in attention_windows(config).items()}
+
+    def through_upper_layers(guest: _UpperLayers, positions: torch.Tensor, masks: dict) -> torch.Tensor:
+        masks = {kind: _additive(mask, states.dtype) for kind, mask in masks.items()}
+        rows = guest.rows.shape[1]
+        with (
+            guests_allowed(base_model, streams.adapted),
+            received(guest),
+            torch.autocast(states.device.type, enabled=False),
+        ):
+            outputs = base_model.get_decoder()(
+                input_ids=torch.zeros(batch, rows, dtype=torch.long, device=states.device),
+                attention_mask=masks[None] if None in masks else masks,
+                position_ids=positions.expand(batch, -1),
+                use_cache=True,
+                **{CACHE: cache},
+            )
+        return outputs.last_hidden_state
+
+    def of_places(here: torch.Tensor) -> torch.Tensor:
+        """(places,) -> (batch, places, streams * hidden_size)."""
+        own = streams.own_mask(len(here), len(here) * len(streams), states.device)
+        masks = {}
+        for kind, mask in main.items():
+            seen = mask[:, :, here].repeat_interleave(len(streams), dim=2)
+            masks[kind] = torch.cat([seen, own.expand(len(seen), 1, -1, -1)], dim=3)
+        guest = _UpperLayers(first, streams.starting_at(states[:, here]), streams)
+        leaving = through_upper_layers(guest, here.repeat_interleave(len(streams))[None], masks)
+        return leaving.view(batch, len(here), -1)
+
+    with torch.no_grad():
+        through_upper_layers(_UpperLayers(first, states), places[None], main)
+    parts = places.split(max(1, ROWS_AT_ONCE // len(streams)))
+    if torch.is_grad_enabled() and len(parts) > 1:
+        return torch.cat([checkpoint(of_places, part, use_reentrant=False) for part in parts], dim=1)
+    return torch.cat([of_places(part) for part in parts], dim=1)
+
+
+def _text_mask(places: torch.Tensor, window: int | None, segments: torch.Tensor | None) -> torch.Tensor:
+    """(batch or 1, 1, n, n) bool: which places each place of a text attends to."""
+    back = places[:, None] - places
+    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+    if segments is None:
+        return mask[None, None]
+    return (mask & (segments[:, None] == segments[:, :, None]))[:, None]
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _of_rows(values, change):
+    """Positions of all rows (batch, rows, ...), or a tuple of such, changed."""
+    return tuple(map(change, values)) if isinstance(values, tuple) else change(values)
+
+
+__all__ = ["Streams", "StreamsOfNodes", "read_streams"]
