@@ -102,8 +102,9 @@ class LoRA(nn.Module):
         init.zeros_(self.lora_B.weight)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., n_in) -> (..., n_out), in the dtype of `inputs`."""
-        return (self.scale * self.lora_B(self.lora_A(inputs.to(self.lora_A.weight.dtype)))).to(inputs.dtype)
+        """(..., n_in) -> (..., n_out)."""
+        weight = self.lora_A.weight
+        return self.scale * self.lora_B(self.lora_A(inputs.to(weight.device, weight.dtype)))
 
 
 class StreamingCell(BoundCell):

@@ -49,9 +49,10 @@ class Streams:
         """(batch, n, hidden_size) -> (batch, n * streams, hidden_size), those of a place one after the other."""
         return (states[:, :, None] + self.embeddings.to(states.device, states.dtype)).flatten(1, 2)
 
-    def change(self, layer: int, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        """What an adapter adds: (batch, rows, outputs)."""
-        return self.adapters[layer - self.first_layer][name.replace(".", "-")](inputs)
+    def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """A linear layer's outputs, with what an adapter adds: (batch, rows, outputs)."""
+        adapter = self.adapters[layer - self.first_layer][name.replace(".", "-")]
+        return outputs + adapter(inputs).to(outputs.device, outputs.dtype)
 
     def own_mask(self, n: int, columns: int, device: torch.device) -> torch.Tensor:
         """(n * streams, columns) bool: which of the streams of n places each attends to."""
@@ -110,7 +111,7 @@ class StreamsOfNodes(Guest):
 
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         nodes, streams = outputs[:, : self.n_nodes], outputs[:, self.n_nodes :]
-        return torch.cat([nodes, streams + self.streams.change(layer, name, inputs[:, self.n_nodes :])], dim=1)
+        return torch.cat([nodes, self.streams.adapt(layer, name, inputs[:, self.n_nodes :], streams)], dim=1)
 
     def leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.leaving = hidden_states[:, self.n_nodes :]
@@ -139,7 +140,7 @@ class _UpperLayers(Guest):
                     inputs[name] = _of_rows(inputs[name], lambda values: values[:, :1])
 
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs if self.streams is None else outputs + self.streams.change(layer, name, inputs)
+        return outputs if self.streams is None else self.streams.adapt(layer, name, inputs, outputs)
 
 
 class _MainStream(DynamicLayer):

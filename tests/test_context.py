@@ -1,21 +1,21 @@
-"""Drafters that know all verified tokens: a context layer, what it is told in a call, and how it is trained."""
+"""A context layer: what it computes, what it is told in a call, and how it is trained."""
 
 import copy
 import gc
-import threading
 
 import datasets
 import pytest
 import torch
 from drafters import OracleWithContext, context_speculator
 from test_conversation import caches, tokens
+from test_drafter_state import GREEDY, SAME, farthest, speculate
 from tiny_models import VOCAB, prompts, tiny_model
 from torch.nn import functional as F
 from trainings import arguments, rows
-from transformers import AutoModel, CompileConfig, GenerationConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from modeling_speculator import PromptLookup, context_state
+from modeling_speculator import context_state
 from modeling_speculator.context_vectors import read_text
 from modeling_speculator.measuring.acceptance import measure_acceptance
 from modeling_speculator.measuring.evaluation import starts_of_drafts
@@ -28,35 +28,6 @@ from modeling_speculator.trainers import (
     load_or_create_speculator,
 )
 from modeling_speculator.transformers_api import CACHE, cache_of
-
-
-GREEDY = {"do_sample": False, "max_new_tokens": 24}
-
-
-def speculate(model, speculator, inputs, seed=0, **options):
-    """The text, by an oracle that is right on a random branch with probability 0.7, and how far its starts are off."""
-    options = GREEDY | options
-    torch.manual_seed(seed)
-    # Sampled text is ours, which does not depend on what is drafted.
-    off = {"assistant_model": PromptLookup()} if options["do_sample"] else {}
-    expected = model.generate(**inputs, **options, **off)
-    mask = inputs["attention_mask"].repeat_interleave(options.get("num_return_sequences", 1), dim=0)
-    oracle = OracleWithContext(model, speculator, expected, mask, p_right=0.7)
-    torch.manual_seed(seed)
-    out = model.generate(**inputs, **options, assistant_model=oracle, return_dict_in_generate=True)
-    assert out.sequences.tolist() == expected.tolist()
-    return oracle, out
-
-
-def farthest(oracle, out):
-    """Of all drafts of rows that had not ended, relative to the size of what they start from."""
-    steps = [row.steps for row in out.speculation.per_sequence]
-    used = [distance[row] for row, n in enumerate(steps) for distance in oracle.distances[:n]]
-    assert len(used) > 4
-    return max(used) / float(oracle.context_vectors.norm(dim=-1).mean())
-
-
-SAME = 1e-4
 
 
 # What it computes
@@ -111,44 +82,7 @@ def test_sizes():
     assert plain.num_parameters() == pytest.approx(9.3e6, rel=0.01)
 
 
-def test_saved_and_loaded(llama, tmp_path):
-    speculator = context_speculator(llama)
-    speculator.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
-    assert type(loaded) is ContextSpeculator and loaded.config.feature_layers == [0, 1]
-    again = loaded.state_dict()
-    assert all(torch.equal(weight, again[name]) for name, weight in speculator.state_dict().items())
-    assert farthest(*speculate(llama, loaded, prompts())) < SAME
-
-
 # In the loop
-
-
-def test_the_same_as_in_one_pass(family):
-    """In a batch with padding, whose rows accept differently."""
-    model = tiny_model(family)
-    oracle, out = speculate(model, context_speculator(model), prompts())
-    assert farthest(oracle, out) < SAME
-    assert out.speculation.tokens_per_step > 1.3
-    assert len({row.steps for row in out.speculation.per_sequence}) > 1
-
-
-OPTIONS = [
-    {"cache_implementation": "static"},
-    {"cache_implementation": "static", "output_logits": True},
-    {"do_sample": True, "top_k": 12},
-    {"repetition_penalty": 1.3},
-    {"prefill_chunk_size": 4},
-    {"num_return_sequences": 2, "do_sample": True},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_bigcode"])
-def test_options(family, options):
-    model = tiny_model(family)
-    inputs = prompts(1) if "prefill_chunk_size" in options else prompts()
-    assert farthest(*speculate(model, context_speculator(model), inputs, **options)) < SAME
 
 
 def test_a_prompt_that_is_computed_in_parts(llama, monkeypatch):
@@ -156,76 +90,11 @@ def test_a_prompt_that_is_computed_in_parts(llama, monkeypatch):
     assert farthest(*speculate(llama, context_speculator(llama), prompts())) < SAME
 
 
-def test_under_autocast(llama):
-    """Where products are in another dtype than the keys."""
-    speculator = context_speculator(llama)
-    for n in (1, 3):
-        with torch.autocast("cpu", torch.bfloat16):
-            expected = llama.generate(**prompts(n), **GREEDY)
-            assert llama.generate(**prompts(n), **GREEDY, assistant_model=speculator).shape == expected.shape
-
-
-def test_steps_that_draft_nothing(llama):
-    """Adaptive control goes on telling of what is verified."""
-    speculator, options = context_speculator(llama), GREEDY | {"max_new_tokens": 60}
-    expected = llama.generate(**prompts(1), **options)
-    oracle = OracleWithContext(llama, speculator, expected, p_right=0.7)
-    config = GenerationConfig(**options, speculation="adaptive", return_dict_in_generate=True)
-    out = llama.generate(**prompts(1), generation_config=config, assistant_model=oracle)
-    assert out.sequences.tolist() == expected.tolist()
-    assert farthest(oracle, out) < SAME
-    assert 0 in out.speculation.per_sequence[0].candidates_per_step
-
-
-@pytest.mark.parametrize("dials", [{}, {"n_tree_nodes": 6}, {"n_lookup_tokens": 6}, {"n_candidates": 0}], ids=str)
-def test_its_own_drafts(llama, dials):
-    speculator = context_speculator(llama, **dials)
-    expected = llama.generate(**prompts(), **GREEDY)
-    assert llama.generate(**prompts(), **GREEDY, assistant_model=speculator).tolist() == expected.tolist()
-
-
-def test_a_compiled_step(llama):
-    speculator = context_speculator(llama)
-    expected = llama.generate(**prompts(2), **GREEDY).tolist()
-    compiled = {"cache_implementation": "static", "compile_config": CompileConfig()}
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        first = llama.generate(**prompts(2), **GREEDY, assistant_model=speculator, **compiled)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        again = llama.generate(**prompts(2), **GREEDY, assistant_model=speculator, **compiled)
-    assert first.tolist() == expected and again.tolist() == expected
-
-
 def test_turned_off_it_keeps_nothing(llama, monkeypatch):
     monkeypatch.setattr(context_state.ContextState, "__init__", None)
     monkeypatch.setattr("modeling_speculator.context_vectors.decoder_layers", None)
     speculator = context_speculator(llama, n_candidates=0)
     assert llama.generate(**prompts(), **GREEDY, assistant_model=speculator).shape == (3, 33)
-
-
-def test_nothing_stays_in_the_models(llama):
-    speculator = context_speculator(llama)
-    before = set(vars(speculator.speculator))
-    llama.generate(**prompts(), **GREEDY, assistant_model=speculator)
-    assert set(vars(speculator.speculator)) == before and speculator.speculator.ends is None
-    assert not any(layer._forward_pre_hooks for layer in llama.model.layers)
-
-
-def test_two_threads_and_two_base_models(llama):
-    other, speculator, runs = tiny_model("llama", seed=4), context_speculator(llama), []
-    expected = {model: model.generate(**prompts(), **GREEDY) for model in (llama, other)}
-    mask = F.pad(prompts()["attention_mask"], (0, 24), value=1)
-    oracles = [OracleWithContext(model, speculator, expected[model], mask, p_right=0.7) for model in [*expected] * 2]
-
-    def work(model, oracle):
-        options = GREEDY | {"return_dict_in_generate": True, "assistant_model": oracle}
-        runs.append((oracle, model.generate(**prompts(), **options)))
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip([*expected] * 2, oracles, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(runs) == 4 and all(farthest(oracle, out) < SAME for oracle, out in runs)
 
 
 # What a call did not compute
