@@ -62,6 +62,9 @@ class Cell(nn.Module):
     def freeze_unread(self) -> None:
         """Takes weights that nothing reads out of training, where a checkpoint holds such."""
 
+    def fit(self, base_model: PreTrainedModel) -> None:
+        """Takes over sizes of the base model that its config does not say, where the cell is new."""
+
     def start_from(self, base_model: PreTrainedModel) -> None:
         """Takes over weights of the base model that a new speculator starts from; by default none."""
 

@@ -22,8 +22,8 @@ class StreamingConfig(BoundConfig):
 
     Args:
         n_stream_layers: of the base model, the last ones, that streams run through; 0 means a quarter of them.
-        lora_rank: of the adapters (arXiv 2106.09685) on their linear layers, which act on streams alone; 0 for none.
-        lora_alpha: they are multiplied by `lora_alpha / lora_rank`; 0 means twice the rank.
+        stream_lora_rank: of the adapters (arXiv 2106.09685) on their linear layers, acting on streams alone; 0: none.
+        stream_lora_alpha: they are multiplied by `stream_lora_alpha / stream_lora_rank`; 0 means twice the rank.
         n_base_layers: layers of the base model; set when a new speculator is made for one.
         adapted: the linear layers with an adapter, by their name in a layer: [inputs, outputs]; set then, too.
 
@@ -37,8 +37,8 @@ class StreamingConfig(BoundConfig):
 
     method: str = "streaming"
     n_stream_layers: int = 0
-    lora_rank: int = 8
-    lora_alpha: int = 0
+    stream_lora_rank: int = 8
+    stream_lora_alpha: int = 0
     n_base_layers: int = 0
     adapted: dict[str, list[int]] | None = None
 
@@ -48,7 +48,7 @@ class StreamingConfig(BoundConfig):
                 "Streams are as wide as the base model, and have no heads to share: drop `inner_dim`, `tie_weights` "
                 "and `scale_input`."
             )
-        for name in ("n_stream_layers", "lora_rank", "lora_alpha", "n_base_layers"):
+        for name in ("n_stream_layers", "stream_lora_rank", "stream_lora_alpha", "n_base_layers"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
@@ -80,7 +80,7 @@ class StreamingConfig(BoundConfig):
                 f"The last {self.n_stream_layers} layers of {type(base_model).__name__} differ in their linear "
                 "layers: lower `n_stream_layers`, so that those which streams run through are alike."
             )
-        self.adapted = {name: list(sizes) for name, sizes in found[0].items()} if self.lora_rank else {}
+        self.adapted = {name: list(sizes) for name, sizes in found[0].items()} if self.stream_lora_rank else {}
 
     @property
     def first_layer(self) -> int:
@@ -128,10 +128,10 @@ class StreamingCell(BoundCell):
 
     def _add_adapters(self) -> None:
         config = self.config
-        scale = (config.lora_alpha or 2 * config.lora_rank) / max(1, config.lora_rank)
+        scale = (config.stream_lora_alpha or 2 * config.stream_lora_rank) / max(1, config.stream_lora_rank)
         for _ in range(config.n_stream_layers if config.adapted else 0):
             sizes = config.adapted.items()
-            of_layer = {name.replace(".", "-"): LoRA(*size, config.lora_rank, scale) for name, size in sizes}
+            of_layer = {name.replace(".", "-"): LoRA(*size, config.stream_lora_rank, scale) for name, size in sizes}
             self.adapters.append(nn.ModuleDict(of_layer))
 
     @property
@@ -143,12 +143,12 @@ class StreamingCell(BoundCell):
     def streams(self) -> Streams:
         return Streams(self.embeddings, self.config.first_layer, self.adapters)
 
-    def start_from(self, base_model: PreTrainedModel) -> None:
-        super().start_from(base_model)
-        self.config.fit(base_model)
-        self._add_adapters()
-        for adapter in (part for part in self.adapters.modules() if isinstance(part, LoRA)):
-            adapter.start()
+    def fit(self, base_model: PreTrainedModel) -> None:
+        if not self.config.n_base_layers:
+            self.config.fit(base_model)
+            self._add_adapters()
+            for adapter in (part for part in self.adapters.modules() if isinstance(part, LoRA)):
+                adapter.start()
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         super().check_base_model(base_model)

@@ -4,7 +4,8 @@ Stream j of a place attends to what its place attends to and to the streams <= j
 Its rotary position is its place's (arXiv 2402.11131, section 3.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -187,6 +188,7 @@ def read_streams(
         with (
             guests_allowed(base_model, streams.adapted),
             received(guest),
+            _frozen(base_model),
             torch.autocast(states.device.type, enabled=False),
         ):
             outputs = base_model.get_decoder()(
@@ -215,6 +217,19 @@ def read_streams(
     if torch.is_grad_enabled() and len(parts) > 1:
         return torch.cat([checkpoint(of_places, part, use_reentrant=False) for part in parts], dim=1)
     return torch.cat([of_places(part) for part in parts], dim=1)
+
+
+@contextmanager
+def _frozen(base_model) -> Iterator[None]:
+    """The base model is not ours to train: its weights get no gradient from what runs meanwhile."""
+    trainable = [weight for weight in base_model.parameters() if weight.requires_grad and torch.is_grad_enabled()]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
 
 
 def _text_mask(places: torch.Tensor, window: int | None, segments: torch.Tensor | None) -> torch.Tensor:

@@ -52,8 +52,9 @@ def streaming_speculator(base_model, **config):
     """Streams with adapters that are far from where they start."""
     torch.manual_seed(0)
     shape = base_model.config.get_text_config(decoder=True)
-    sizes = {"vocab_size": shape.vocab_size, "emb_dim": shape.hidden_size, "n_streams": 3, "lora_rank": 4}
+    sizes = {"vocab_size": shape.vocab_size, "emb_dim": shape.hidden_size, "n_streams": 3, "stream_lora_rank": 4}
     speculator = StreamingSpeculator(StreamingConfig(**sizes | {"n_stream_layers": 1} | config)).eval()
+    speculator.speculator.fit(base_model)
     speculator.speculator.start_from(base_model)
     with torch.no_grad():
         for weight in speculator.parameters():

@@ -1,7 +1,6 @@
 """Speculative Streaming: streams beside the nodes of a step, and along a text."""
 
 import pytest
-import torch
 from drafters import streaming_speculator
 from test_drafter_state import SAME, farthest, speculate
 from tiny_models import prompts, tiny_model

@@ -69,6 +69,7 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
     base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     speculator = DRAFTERS[type(speculator_config)](speculator_config)
     check_shapes(base_model, speculator)
+    speculator.speculator.fit(base_model)
     check_feature_layers(base_model, speculator.speculator.feature_layers)
     rows = training.per_device_train_batch_size
     new_tokens = data.sequence_length if training.stage == 1 else data.generation_length

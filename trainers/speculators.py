@@ -27,6 +27,8 @@ _OF_A_NEW_ONE = (
     "feature_layers",
     "context_heads",
     "context_inner_dim",
+    "n_stream_layers",
+    "stream_lora_rank",
     "tie_weights",
     "scale_input",
 )
@@ -52,6 +54,7 @@ def load_or_create_speculator(
     else:
         config = new_config(args, base_model.config)
         speculator = DRAFTERS[type(config)](config)
+        speculator.speculator.fit(base_model)
         speculator.speculator.start_from(base_model)
     speculator.config.take_special_tokens(base_model.config)
     if args.tie_to_base_model:
@@ -77,7 +80,7 @@ def new_config(args: ModelArguments, base_config: PreTrainedConfig) -> MLPSpecul
     config_class = config_class_of(method)
     unknown = sorted(key for key in given if not hasattr(config_class, key))
     if unknown:
-        raise ValueError(f"`method: {method}` has no {', '.join(unknown)}: that is for `method: context`.")
+        raise ValueError(f"`method: {method}` has no {', '.join(unknown)}.")
     return config_class(
         vocab_size=config.vocab_size,
         emb_dim=config.hidden_size,

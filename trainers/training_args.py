@@ -48,13 +48,20 @@ class ModelArguments:
     method: str | None = option(
         None,
         "METHOD",
-        f"sum_rnn (published), sum_lstm (gated), residual, context, medusa or unconditioned (default: {_NEW.method})",
+        "sum_rnn (published), sum_lstm (gated), residual, context, streaming, medusa or unconditioned (default: "
+        f"{_NEW.method})",
     )
     feature_layers: list[int] | None = option(
         None, "LAYERS", "method context: of the base model, counted from 0, to read what enters them (default: none)"
     )
     context_heads: int | None = option(None, "HEADS", "likewise: of its attention (default: one for 64 numbers)")
     context_inner_dim: int | None = option(None, "WIDTH", "likewise: of its SwiGLU (default: twice the base model's)")
+    n_stream_layers: int | None = option(
+        None, "LAYERS", "method streaming: of the base model, that streams run through (default: the last quarter)"
+    )
+    stream_lora_rank: int | None = option(
+        None, "RANK", "likewise: of the adapters that act on streams alone, 0 for none (default: 8)"
+    )
     tie_weights: bool | None = option(None, "true|false", "share the weights among the heads (default: false)")
     scale_input: bool | None = option(None, "true|false", "normalise the context vector (default: false)")
     tie_to_base_model: bool = option(
