@@ -36,6 +36,11 @@ class CandidateSelection:
         return self.speculator.reads_prompt
 
     @property
+    def drafts_after_prompt(self) -> bool:
+        """Whether its first draft is before the first step, and not after it."""
+        return self.speculator.drafts_after_prompt
+
+    @property
     def feature_layers(self) -> tuple[int, ...]:
         """Layers of the base model, what enters which is read, too, where it reads texts."""
         return self.speculator.feature_layers

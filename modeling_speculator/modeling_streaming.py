@@ -118,7 +118,7 @@ class StreamingCell(BoundCell):
 
     reads_tokens = False
     reads_text = True
-    reads_prompt = False
+    drafts_after_prompt = False
 
     def __init__(self, config: StreamingConfig):
         super().__init__(config)

@@ -7,7 +7,7 @@ import commands
 import datasets
 import pytest
 import torch
-from drafters import context_speculator
+from drafters import context_speculator, streaming_speculator
 from test_residual import new
 from tiny_models import VOCAB, prompts, tiny_model
 from transformers import AutoModel, CompileConfig
@@ -39,10 +39,11 @@ def test_the_rows_of_the_lm_head(family):
 
 
 @pytest.mark.parametrize("dials", [{}, {"n_tree_nodes": 6}, {"n_candidates": 2}], ids=str)
-@pytest.mark.parametrize("make", [new, context_speculator])
+@pytest.mark.parametrize("make", [new, context_speculator, streaming_speculator])
 def test_what_is_drafted_is_the_best_of_them(llama, make, dials):
     speculator = make(llama, **dials)
-    states, roots = torch.randn(4, 1, 32), torch.tensor([[1], [2], [3], [4]])
+    width = 96 if make is streaming_speculator else 32
+    states, roots = torch.randn(4, 1, width), torch.tensor([[1], [2], [3], [4]])
     drafter = beside(llama, speculator)
     best = drafter.score(states, roots.expand(-1, 3))[0, :, 0, IDS].topk(5).indices
 
@@ -66,8 +67,9 @@ def test_all_tokens_are_as_none(llama):
     assert beside(llama, speculator).generate_candidates(states, roots).tolist() == whole.tolist()
 
 
-def test_simulated_steps_are_the_loops(llama):
-    speculator = new(llama, draft_vocabulary=IDS)
+@pytest.mark.parametrize("make", [new, context_speculator, streaming_speculator])
+def test_simulated_steps_are_the_loops(llama, make):
+    speculator = make(llama, draft_vocabulary=IDS)
     for record in measure_acceptance(llama, speculator, **prompts(), **GREEDY):
         assert record.emitted_per_step == record.simulated_per_step
 

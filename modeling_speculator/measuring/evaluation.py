@@ -59,7 +59,8 @@ def accepted_drafts(
     Args:
         speculator: drafts by its dials.
         hidden_states: (batch, length, emb_dim), what drafts after the tokens start from (`starts_of_drafts`).
-        tokens: (batch, length); -100 where nothing can be accepted, as after an end of text.
+        tokens: (batch, length), from the first one after the prompt on; -100 where nothing can be accepted, as after an
+            end of text.
         chunk_elements: logits of the widest level of the trees that are drafted at once.
 
     Returns:
@@ -85,7 +86,10 @@ def accepted_drafts(
             for _ in range(config.n_predict - 1):  # ... and so must be all of its ancestors
                 right &= torch.nn.functional.pad(right, (1, 0), value=True).gather(1, parents)
             parts.append((right * depths).amax(-1))
-    return torch.cat(parts).view(len(tokens), n)
+    accepted = torch.cat(parts).view(len(tokens), n)
+    if not getattr(speculator, "drafts_after_prompt", True):
+        accepted[:, :1] = 0
+    return accepted
 
 
 def accepted_lookups(
