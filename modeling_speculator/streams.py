@@ -19,7 +19,9 @@ from .guests import Guest, guests_allowed, received
 from .transformers_api import CACHE
 
 
-ROWS_AT_ONCE = 1024  # of streams along a text
+# Along a text: rows of streams that run at once, and what may be kept for a backward before it is computed again.
+LEAST_ROWS, KEPT_BYTES = 256, 2**32
+_VALUES_KEPT = 32  # in a layer for each row, in hidden sizes
 Masks = torch.Tensor | dict[str, torch.Tensor]  # as a decoder takes them: one, or one for each type of layer
 
 
@@ -145,13 +147,16 @@ class _UpperLayers(Guest):
 
 
 class _MainStream(DynamicLayer):
-    """Keys and values of the first forward, which all others attend to beside their own."""
+    """Keys and values of the first forward, whose first `n_seen` all others attend to beside their own."""
+
+    n_seen = 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.keys, self.values, self.is_initialized = key_states, value_states, True
             return key_states, value_states
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        keys, values = self.keys[:, :, : self.n_seen], self.values[:, :, : self.n_seen]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
 
 class _Nothing(DynamicLayer):
@@ -200,12 +205,14 @@ def read_streams(
             )
         return outputs.last_hidden_state
 
-    def of_places(here: torch.Tensor) -> torch.Tensor:
-        """(places,) -> (batch, places, streams * hidden_size)."""
+    def of_places(here: torch.Tensor, n_seen: int) -> torch.Tensor:
+        """Consecutive places (m,), the last of which sees `n_seen` -> (batch, m, streams * hidden_size)."""
+        for layer in cache.layers:
+            layer.n_seen = n_seen
         own = streams.own_mask(len(here), len(here) * len(streams), states.device)
         masks = {}
         for kind, mask in main.items():
-            seen = mask[:, :, here].repeat_interleave(len(streams), dim=2)
+            seen = mask[:, :, here, :n_seen].repeat_interleave(len(streams), dim=2)
             masks[kind] = torch.cat([seen, own.expand(len(seen), 1, -1, -1)], dim=3)
         guest = _UpperLayers(first, streams.starting_at(states[:, here]), streams)
         leaving = through_upper_layers(guest, here.repeat_interleave(len(streams))[None], masks)
@@ -213,10 +220,16 @@ def read_streams(
 
     with torch.no_grad():
         through_upper_layers(_UpperLayers(first, states), places[None], main)
-    parts = places.split(max(1, ROWS_AT_ONCE // len(streams)))
-    if torch.is_grad_enabled() and len(parts) > 1:
-        return torch.cat([checkpoint(of_places, part, use_reentrant=False) for part in parts], dim=1)
-    return torch.cat([of_places(part) for part in parts], dim=1)
+    n_layers, rows = config.num_hidden_layers - first, max(LEAST_ROWS, n * len(streams) // 8)
+    is_large = states.numel() * len(streams) * n_layers * _VALUES_KEPT * states.element_size() > KEPT_BYTES
+    leaving, end = [], 0
+    for part in places.split(max(1, rows // len(streams))):
+        end += len(part)
+        if is_large and torch.is_grad_enabled():
+            leaving.append(checkpoint(of_places, part, end, use_reentrant=False))
+        else:
+            leaving.append(of_places(part, end))
+    return torch.cat(leaving, dim=1)
 
 
 @contextmanager

@@ -59,8 +59,8 @@ def accepted_drafts(
     Args:
         speculator: drafts by its dials.
         hidden_states: (batch, length, emb_dim), what drafts after the tokens start from (`starts_of_drafts`).
-        tokens: (batch, length), from the first one after the prompt on; -100 where nothing can be accepted, as after an
-            end of text.
+        tokens: (batch, length), from the first one after the prompt on; -100 where nothing can be accepted, as after
+            an end of text.
         chunk_elements: logits of the widest level of the trees that are drafted at once.
 
     Returns:
