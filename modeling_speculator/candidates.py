@@ -22,7 +22,9 @@ class CandidateSelection:
 
     def beside(self, base_model) -> "CandidateSelection":
         """What drafts for a base model: itself, or its heads bound to that one where they use layers of it."""
-        cell = self.speculator.bound(base_model)
+        return self._as(self.speculator.bound(base_model))
+
+    def _as(self, cell: Cell) -> "CandidateSelection":
         return self if cell is self.speculator else BoundSelection(self.config, cell)
 
     @property
@@ -60,6 +62,14 @@ class CandidateSelection:
     def with_context(self, *text: torch.Tensor | None) -> torch.Tensor:
         """`Cell.with_context`: what a draft starts from at all places of a text at once."""
         return self.speculator.with_context(*text)
+
+    def between(self, start: int, end: int, n: int) -> "CandidateSelection":
+        """After `with_context`: what drafts at some of the last `n` places of texts, from `start` to `end`."""
+        return self._as(self.speculator.between(start, end, n))
+
+    def at_places(self, rows: torch.Tensor, places: torch.Tensor, n: int) -> "CandidateSelection":
+        """After `with_context`: what drafts at single places (m,) of rows (m,), among the last `n` of each."""
+        return self._as(self.speculator.at_places(rows, places, n))
 
     def score(self, starts: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of all heads at all places at once, each fed the true tokens: (n_predict, batch, n, vocab).

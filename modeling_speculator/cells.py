@@ -80,6 +80,18 @@ class Cell(nn.Module):
         """What is known of the tokens of a call of `generate`; its `context_vector` is what a draft starts from."""
         return LastContextVector(call)
 
+    def between(self, start: int, end: int, n: int) -> "Cell":
+        """After `with_context`: the cell as it is fed some of the last `n` places of texts, from `start` to `end`."""
+        return self
+
+    def at_places(self, rows: torch.Tensor, places: torch.Tensor, n: int) -> "Cell":
+        """After `with_context`: the cell as it drafts at single places of it.
+
+        Args:
+            rows, places: (m,), of the last `n` places of a text each.
+        """
+        return self
+
     def guest_slots(self, max_nodes: int) -> dict[int, int]:
         """Of each layer of the base model in which it has rows of its own beside nodes, how many at most."""
         return {}

@@ -34,6 +34,15 @@ class ContextLayer(nn.Module):
         self.mlp_norm, self.gate_up, self.down = _norm(width), _linear(width, 2 * inner_dim), _linear(inner_dim, width)
         self.proj_out = _linear(width, width)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_in.weight.dtype
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads of keys, and their width."""
+        return self.heads, self.proj_in.out_features // self.heads
+
     def starting_at_zero(self) -> tuple[nn.Linear, ...]:
         return self.attention_out, self.down, self.proj_out
 

@@ -49,11 +49,12 @@ class ContextState(DrafterState):
 
     def __init__(self, layer: ContextLayer, ends, feature_layers: tuple[int, ...], call: Call):
         self.layer, self.ends, self.feature_layers = layer, ends, feature_layers
-        weight, device = layer.proj_in.weight, call.context_vector.device
+        dtype, device = layer.dtype, call.context_vector.device
         batch, width = len(call.context_vector), call.context_vector.shape[-1]
-        self.context_vector = torch.zeros(batch, 1, width, dtype=weight.dtype, device=device)
-        shape = batch, layer.heads, call.capacity, width // layer.heads
-        self.keys, self.values = (torch.zeros(shape, dtype=weight.dtype, device=device) for _ in range(2))
+        self.context_vector = torch.zeros(batch, 1, width, dtype=dtype, device=device)
+        heads, head_dim = layer.key_shape
+        shape = batch, heads, call.capacity, head_dim
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.offsets = call.offsets.clone()
         self.columns = torch.arange(call.capacity, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]

@@ -114,3 +114,12 @@ def read_text(model, text: torch.Tensor, attention_mask: torch.Tensor, feature_l
 def read_context_vectors(model, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Those of a finished text, (batch, length) -> (batch, length, emb_dim); see `read_text`."""
     return read_text(model, text, attention_mask).hidden_states
+
+
+def mask_of_text(places: torch.Tensor, window: int | None, segments: torch.Tensor | None) -> torch.Tensor:
+    """(batch or 1, 1, n, n) bool: which places each place of a text attends to."""
+    back = places[:, None] - places
+    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+    if segments is None:
+        return mask[None, None]
+    return (mask & (segments[:, None] == segments[:, :, None]))[:, None]

@@ -70,6 +70,9 @@ class DrafterState:
         """
         return nullcontext()
 
+    def within(self, columns: int) -> None:
+        """No row of the cache has more columns when the next tree is drafted."""
+
     def prefill(self, prompt: Prompt, cache: SpeculativeCache) -> None:
         """Takes note of a prompt; called where the drafter reads text.
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .modeling_context import ContextConfig, ContextSpeculator
+from .modeling_eagle import EagleConfig, EagleSpeculator
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_prompt_lookup import PromptLookupConfig
@@ -27,6 +28,7 @@ DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     MedusaConfig: MedusaModel,
     ResidualConfig: ResidualSpeculator,
     ContextConfig: ContextSpeculator,
+    EagleConfig: EagleSpeculator,
     StreamingConfig: StreamingSpeculator,
     UnconditionedConfig: UnconditionedSpeculator,
 }

@@ -6,6 +6,8 @@ All files that are imported from here, directly or not, are sent along; none of 
 from .drafters import (
     ContextConfig,
     ContextSpeculator,
+    EagleConfig,
+    EagleSpeculator,
     MedusaConfig,
     MedusaModel,
     MLPSpeculatorConfig,
@@ -23,6 +25,8 @@ from .generation import generation_hook
 __all__ = [
     "ContextConfig",
     "ContextSpeculator",
+    "EagleConfig",
+    "EagleSpeculator",
     "MLPSpeculatorConfig",
     "MLPSpeculatorPreTrainedModel",
     "MedusaConfig",

@@ -9,6 +9,7 @@ from .context_layer import ContextLayer
 from .context_state import ContextState
 from .drafter_state import Call
 from .families import check_feature_layers
+from .modeling_bound import BoundConfig
 from .modeling_residual import ResidualCell, ResidualConfig, ResidualSpeculator
 
 
@@ -37,25 +38,30 @@ class ContextConfig(ResidualConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in ("context_heads", "context_inner_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
-        if self.emb_dim % (2 * self.n_context_heads):
-            raise ValueError(
-                f"`emb_dim={self.emb_dim}` can't be split into {self.n_context_heads} heads of an even width: set "
-                "`context_heads`."
-            )
-        layers = self.feature_layers = [] if self.feature_layers is None else self.feature_layers
-        wrong = not isinstance(layers, list | tuple) or any(type(at) is not int or at < 0 for at in layers)
-        if wrong or len(set(layers)) < len(layers):
-            raise ValueError(f"`feature_layers` must be a list of different integers from 0 on, but is {layers!r}.")
-        if not isinstance(self.rope_theta, int | float) or self.rope_theta <= 1:
-            raise ValueError(f"`rope_theta` must be a number above 1, but is {self.rope_theta!r}.")
+        check_layers(self, ("context_heads", "context_inner_dim"))
 
     @property
     def n_context_heads(self) -> int:
         return self.context_heads or max(1, self.emb_dim // 64)
+
+
+def check_layers(config: BoundConfig, sizes: tuple[str, ...]) -> None:
+    """Raises a ValueError where a config's attention, or the layers whose features it reads, make no sense."""
+    for name in sizes:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
+    if config.emb_dim % (2 * config.n_context_heads):
+        raise ValueError(
+            f"`emb_dim={config.emb_dim}` can't be split into {config.n_context_heads} heads of an even width: set "
+            "`context_heads`."
+        )
+    layers = config.feature_layers = [] if config.feature_layers is None else config.feature_layers
+    wrong = not isinstance(layers, list | tuple) or any(type(at) is not int or at < 0 for at in layers)
+    if wrong or len(set(layers)) < len(layers):
+        raise ValueError(f"`feature_layers` must be a list of different integers from 0 on, but is {layers!r}.")
+    if not isinstance(config.rope_theta, int | float) or config.rope_theta <= 1:
+        raise ValueError(f"`rope_theta` must be a number above 1, but is {config.rope_theta!r}.")
 
 
 class ContextCell(ResidualCell):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .context_vectors import mask_of_text
 from .families import attention_windows
 from .guests import Guest, guests_allowed, received
 from .transformers_api import CACHE
@@ -185,7 +186,7 @@ def read_streams(
     batch, n, width = states.shape
     first, places = streams.first_layer, torch.arange(n, device=states.device)
     cache = Cache(layers=[_Nothing() if at < first else _MainStream() for at in range(config.num_hidden_layers)])
-    main = {kind: _text_mask(places, window, segments) for kind, window in attention_windows(config).items()}
+    main = {kind: mask_of_text(places, window, segments) for kind, window in attention_windows(config).items()}
 
     def through_upper_layers(guest: _UpperLayers, positions: torch.Tensor, masks: dict) -> torch.Tensor:
         masks = {kind: _additive(mask, states.dtype) for kind, mask in masks.items()}
@@ -243,15 +244,6 @@ def _frozen(base_model) -> Iterator[None]:
     finally:
         for weight in trainable:
             weight.requires_grad_(True)
-
-
-def _text_mask(places: torch.Tensor, window: int | None, segments: torch.Tensor | None) -> torch.Tensor:
-    """(batch or 1, 1, n, n) bool: which places each place of a text attends to."""
-    back = places[:, None] - places
-    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
-    if segments is None:
-        return mask[None, None]
-    return (mask & (segments[:, None] == segments[:, :, None]))[:, None]
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

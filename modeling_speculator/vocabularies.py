@@ -26,6 +26,9 @@ class SpeculatorOfCommonIds:
         chooses = lacks_some and isinstance(speculator, CandidateSelection)
         self.dials = {"vocab_size": vocab_size} if chooses else {}
 
+    def at_places(self, *places) -> "SpeculatorOfCommonIds":
+        return SpeculatorOfCommonIds(self.speculator.at_places(*places), self.vocab_size)
+
     def __getattr__(self, name: str):
         return getattr(self.speculator, name)
 

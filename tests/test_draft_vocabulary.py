@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from drafters import context_speculator, streaming_speculator
+from test_drafter_state import MAKERS
 from test_residual import new
 from tiny_models import VOCAB, prompts, tiny_model
 from transformers import AutoModel, CompileConfig
@@ -67,7 +68,7 @@ def test_all_tokens_are_as_none(llama):
     assert beside(llama, speculator).generate_candidates(states, roots).tolist() == whole.tolist()
 
 
-@pytest.mark.parametrize("make", [new, context_speculator, streaming_speculator])
+@pytest.mark.parametrize("make", [new, *MAKERS])
 def test_simulated_steps_are_the_loops(llama, make):
     speculator = make(llama, draft_vocabulary=IDS)
     for record in measure_acceptance(llama, speculator, **prompts(), **GREEDY):

@@ -4,7 +4,13 @@ import threading
 
 import pytest
 import torch
-from drafters import OracleWithContext, context_speculator, streaming_speculator
+from drafters import (
+    OracleWithContext,
+    context_speculator,
+    eagle3_speculator,
+    eagle_speculator,
+    streaming_speculator,
+)
 from tiny_models import prompts, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModel, CompileConfig, GenerationConfig
@@ -41,7 +47,7 @@ def farthest(oracle, out):
 SAME = 1e-4
 
 
-MAKERS = [context_speculator, streaming_speculator]
+MAKERS = [context_speculator, eagle_speculator, eagle3_speculator, streaming_speculator]
 
 
 @pytest.mark.parametrize("make", MAKERS)

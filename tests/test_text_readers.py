@@ -17,6 +17,8 @@ from modeling_speculator.trainers import (
 
 METHODS = {
     "context": {"method": "context", "context_heads": 2, "feature_layers": [1]},
+    "eagle": {"method": "eagle", "context_heads": 2},
+    "eagle3": {"method": "eagle", "context_heads": 2, "context_kv_heads": 1, "feature_layers": [0, 1]},
     "streaming": {"method": "streaming", "n_stream_layers": 1, "stream_lora_rank": 4},
 }
 

@@ -33,7 +33,7 @@ def speculator(texts):
     labels = torch.where(torch.rand(6, 29) < 0.2, torch.randint(VOCAB, (6, 29)), texts.tokens[:, 1:])
     optimizer = torch.optim.Adam(speculator.parameters(), 3e-3)
     for _ in range(60):
-        loss = speculator(texts.starts(speculator)[:, :-3], texts.tokens, labels).loss
+        loss = speculator(texts.drafting(speculator)[0][1][:, :-3], texts.tokens, labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -26,6 +26,7 @@ _OF_A_NEW_ONE = (
     "method",
     "feature_layers",
     "context_heads",
+    "context_kv_heads",
     "context_inner_dim",
     "n_stream_layers",
     "stream_lora_rank",

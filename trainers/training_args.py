@@ -48,13 +48,16 @@ class ModelArguments:
     method: str | None = option(
         None,
         "METHOD",
-        "sum_rnn (published), sum_lstm (gated), residual, context, streaming, medusa or unconditioned (default: "
-        f"{_NEW.method})",
+        "sum_rnn (published), sum_lstm (gated), residual, context, eagle, streaming, medusa or unconditioned "
+        f"(default: {_NEW.method})",
     )
     feature_layers: list[int] | None = option(
-        None, "LAYERS", "method context: of the base model, counted from 0, to read what enters them (default: none)"
+        None, "LAYERS", "methods context, eagle: of the base model, from 0, to read what enters them (default: none)"
     )
     context_heads: int | None = option(None, "HEADS", "likewise: of its attention (default: one for 64 numbers)")
+    context_kv_heads: int | None = option(
+        None, "HEADS", "method eagle: of keys and values (default: one for each of queries)"
+    )
     context_inner_dim: int | None = option(None, "WIDTH", "likewise: of its SwiGLU (default: twice the base model's)")
     n_stream_layers: int | None = option(
         None, "LAYERS", "method streaming: of the base model, that streams run through (default: the last quarter)"

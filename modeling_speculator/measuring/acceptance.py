@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..candidates import CandidateSelection
 from ..checks import main_device
 from ..lookup import lookup_tokens
 from ..statistics import SpeculationStatistics
@@ -120,13 +119,14 @@ def measure_acceptance(
     beyond = torch.arange(texts.shape[1], device=input_ids.device) >= lengths[:, None]
     # What a head would guess past the end counts as wrong, and is not counted.
     tokens = F.pad(texts.masked_fill(beyond, -100), (0, n_predict), value=-100)
-    states = starts_of_drafts(model, speculator, out.sequences, attention_mask)[:, length - 1 :]
-    accepted = accepted_drafts(beside(model, speculator), states, tokens)
+    drafter = beside(model, speculator)
+    states = starts_of_drafts(model, drafter, out.sequences, attention_mask)[:, length - 1 :]
+    accepted = accepted_drafts(drafter, states, tokens)
     if n_lookup_tokens := lookup_tokens(speculator.config):
         looked_up = accepted_lookups(input_ids, attention_mask, tokens[:, : accepted.shape[1]], n_lookup_tokens)
         accepted = torch.maximum(accepted, looked_up)
     simulated = simulate_emissions(accepted, lengths)
-    correct, correct_top_k, counted = head_accuracy(speculator, states, tokens, base_model=model)
+    correct, correct_top_k, counted = head_accuracy(drafter, states, tokens)
     return [
         PromptAcceptance(
             continuation=texts[row, : lengths[row]].tolist(),
@@ -142,7 +142,7 @@ def measure_acceptance(
 
 
 def head_accuracy(
-    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27, base_model=None
+    speculator, hidden_states: torch.Tensor, tokens: torch.Tensor, chunk_elements: int = 2**27
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How often each head is right, fed the true tokens.
 
@@ -150,7 +150,6 @@ def head_accuracy(
         hidden_states: (batch, n, emb_dim), what drafts after the first n tokens start from.
         tokens: (batch, n + n_predict), -100 where there is none.
         chunk_elements: logits at a time.
-        base_model: needed by heads that use layers of it.
 
     Returns:
         Positions where the true token is a head's first choice, where it is one of those that the head drafts, and
@@ -160,13 +159,15 @@ def head_accuracy(
     totals = torch.zeros(3, config.n_predict, batch, dtype=torch.long, device=tokens.device)
     if config.n_predict == 0:  # prompt lookup
         return tuple(totals.transpose(1, 2))
-    is_bound = base_model is not None and isinstance(speculator, CandidateSelection)
-    score = speculator.beside(base_model).score if is_bound else lambda *read: speculator(*read).logits
     width = max(1, chunk_elements // (config.n_predict * batch * config.vocab_size))
     for at in range(0, n, width):
         end = min(at + width, n)
         read = tokens[:, at : end + config.n_predict - 1].clamp(0, config.vocab_size - 1)
-        logits = score(hidden_states[:, at:end], read)  # (n_predict, batch, end - at, vocab)
+        states = hidden_states[:, at:end]
+        if hasattr(speculator, "between"):
+            logits = speculator.between(at, end, n).score(states, read)  # (n_predict, batch, end - at, vocab)
+        else:
+            logits = speculator(states, read).logits
         truth = tokens[:, at + 1 : end + config.n_predict].unfold(1, end - at, 1).transpose(0, 1)
         for head, k in enumerate(config.top_k_tokens_per_head):
             right = logits[head].topk(k).indices == truth[head][..., None]  # of equals, those that are drafted

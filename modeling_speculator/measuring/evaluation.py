@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from ..context_vectors import read_text
 from ..lookup import continuation
-from ..vocabularies import beside
 
 
 def generate_greedily(model, prompt: torch.Tensor, max_new_tokens: int, **kwargs):
@@ -29,17 +29,18 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 @torch.no_grad()
-def starts_of_drafts(model, speculator, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def starts_of_drafts(model, drafter, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """What drafts start from along a finished text, by one forward: (batch, length - 1, emb_dim).
 
     At place t, of the draft after token t + 1: the context vector that it was drawn from, or what a context layer
     makes of that and of those before.
 
     Args:
+        drafter: a speculator, `beside` the base model where it is to draft along this text then.
         text: (batch, length), left-padded.
         attention_mask: (batch, <= length), of its beginning, 0 at padding.
     """
-    drafter = beside(model, speculator)
+    drafter = drafter.beside(model) if isinstance(drafter, PreTrainedModel) else drafter
     layers = getattr(drafter, "feature_layers", ())
     reading = read_text(model, text[:, :-1], attention_mask[:, : text.shape[1] - 1], layers)
     if not getattr(drafter, "reads_text", False):
@@ -57,7 +58,7 @@ def accepted_drafts(
     Those of a lookup branch, which no head drafts, are `accepted_lookups`.
 
     Args:
-        speculator: drafts by its dials.
+        speculator: drafts by its dials; what `starts_of_drafts` was given.
         hidden_states: (batch, length, emb_dim), what drafts after the tokens start from (`starts_of_drafts`).
         tokens: (batch, length), from the first one after the prompt on; -100 where nothing can be accepted, as after
             an end of text.
@@ -74,14 +75,17 @@ def accepted_drafts(
     roots = tokens[:, :n].clamp(0, config.vocab_size - 1).reshape(-1, 1)  # the base model may have more
     truth = tokens[:, 1:].unfold(1, config.n_predict, 1).flatten(0, 1)  # (batch * n, n_predict)
     states = hidden_states[:, :n].flatten(0, 1)[:, None]
-    parts = []
+    numbers, parts = torch.arange(len(roots), device=roots.device), []
     for at in range(0, len(roots), chunk_size):
         here = slice(at, at + chunk_size)
+        drafter = speculator
+        if hasattr(speculator, "at_places"):
+            drafter = speculator.at_places(numbers[here] // n, numbers[here] % n, hidden_states.shape[1])
         if config.n_tree_nodes is None:
-            candidates = speculator.generate_candidates(states[here], roots[here])
+            candidates = drafter.generate_candidates(states[here], roots[here])
             parts.append((candidates == truth[here, None, : candidates.shape[-1]]).cumprod(-1).sum(-1).amax(-1))
         else:
-            drafted, parents, depths = speculator.generate_tree(states[here], roots[here])
+            drafted, parents, depths = drafter.generate_tree(states[here], roots[here])
             right = drafted == truth[here].gather(1, depths - 1)
             for _ in range(config.n_predict - 1):  # ... and so must be all of its ancestors
                 right &= torch.nn.functional.pad(right, (1, 0), value=True).gather(1, parents)

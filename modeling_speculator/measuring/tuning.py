@@ -58,24 +58,29 @@ class Texts:
         for some in tqdm(prompts.split(batch_size), desc="texts", unit="batch", leave=False):
             texts.append(model.generate(some, attention_mask=torch.ones_like(some), **options))
         self.texts, self.batch_size = torch.cat(texts), batch_size
-        self.tokens, self._starts = self.texts[:, length:], None
+        self.tokens = self.texts[:, length:]
+        self._along = None
         self._drafts, self._lookups = {}, {}  # what would be accepted: by the heads' dials, by the tokens of a branch
 
-    def starts(self, speculator) -> torch.Tensor:
-        """What the speculator's drafts start from: (n, new_tokens, emb_dim)."""
-        if self._starts is None:
-            batches = self.texts.split(self.batch_size)
-            parts = [starts_of_drafts(self.model, speculator, some, torch.ones_like(some)) for some in batches]
-            self._starts = torch.cat(parts)[:, self.prompts.shape[1] - 1 :]
-        return self._starts
+    def drafting(self, speculator) -> list[tuple]:
+        """Of each batch, what drafts along its texts, and what drafts start from: (n, new_tokens, emb_dim)."""
+        if self._along is None or self._along[0] is not speculator:
+            pairs = []
+            for some in self.texts.split(self.batch_size):
+                drafter = beside(self.model, speculator)
+                starts = starts_of_drafts(self.model, drafter, some, torch.ones_like(some))
+                pairs.append((drafter, starts[:, self.prompts.shape[1] - 1 :]))
+            self._along = speculator, pairs
+        return self._along[1]
 
     def steps(self, speculator) -> torch.Tensor:
         """The steps that each text would have taken by the speculator's dials: (n,)."""
         config, lengths = speculator.config, torch.full_like(self.tokens[:, 0], self.new_tokens)
         dials = str({dial: getattr(config, dial) for dial in DIALS if dial != "n_lookup_tokens"})
         if dials not in self._drafts:
-            tokens = torch.nn.functional.pad(self.tokens, (0, config.n_predict), value=-100)
-            self._drafts[dials] = accepted_drafts(beside(self.model, speculator), self.starts(speculator), tokens)
+            tokens = torch.nn.functional.pad(self.tokens, (0, config.n_predict), value=-100).split(self.batch_size)
+            pairs = zip(self.drafting(speculator), tokens, strict=True)
+            self._drafts[dials] = torch.cat([accepted_drafts(*along, some) for along, some in pairs])
         accepted = self._drafts[dials]
         if n := lookup_tokens(config):
             if n not in self._lookups:
@@ -94,12 +99,16 @@ class Texts:
         config = speculator.config
         if config.n_candidates == 0 or config.n_tree_nodes is not None:
             return float(max_nodes(config))
-        drafter, roots = beside(self.model, speculator), self.tokens.reshape(-1, 1)
-        states = self.starts(speculator).flatten(0, 1)[:, None]
-        sizes = []
-        for some in torch.arange(0, len(roots), max(1, len(roots) // 512)).split(32):
-            candidates = drafter.generate_candidates(states[some], roots[some])
-            sizes.append(CandidateTree.merge(roots[some], candidates, max_nodes(config)).n_nodes)
+        every, sizes = max(1, self.tokens.numel() // 512), []
+        for (drafter, starts), tokens in zip(
+            self.drafting(speculator), self.tokens.split(self.batch_size), strict=True
+        ):
+            for some in torch.arange(0, tokens.numel(), every).split(32):
+                rows, places = some // tokens.shape[1], some % tokens.shape[1]
+                here = drafter.at_places(rows, places, starts.shape[1]) if hasattr(drafter, "at_places") else drafter
+                roots = tokens[rows, places][:, None]
+                candidates = here.generate_candidates(starts[rows, places][:, None], roots)
+                sizes.append(CandidateTree.merge(roots, candidates, max_nodes(config)).n_nodes)
         return float(torch.stack([part.amax() for part in torch.cat(sizes).split(batch_size)]).float().mean())
 
 

@@ -126,7 +126,7 @@ def measure(model, speculator, texts: list[dict], args) -> dict:
         lengths = torch.tensor([len(text["text"]) for text in some], device=args.device)
         width = int(lengths.max())
         padded = torch.tensor([text["text"] + [-100] * (width - len(text["text"])) for text in some]).to(args.device)
-        starts = starts_of_drafts(model, speculator, torch.cat([prompts, padded.clamp(min=0)], 1), mask)
+        starts = starts_of_drafts(model, drafter, torch.cat([prompts, padded.clamp(min=0)], 1), mask)
         starts = starts[:, prompts.shape[1] - 1 :]
         tokens = torch.nn.functional.pad(padded, (0, n_predict), value=-100)
         looked_up = accepted_lookups(prompts, mask, padded, LOOKUP_TOKENS)
