@@ -140,6 +140,20 @@ class BaseModelEnds:
             )
 
 
+def lm_head_weight(base_model: PreTrainedModel) -> torch.Tensor:
+    """What heads start from that begin as the base model's LM head, but for a bias or a soft cap: (vocab, emb_dim).
+
+    Raises:
+        ValueError: where it does not lie here whole.
+    """
+    weight = base_model.get_output_embeddings().weight
+    if hasattr(weight, "ds_id") or isinstance(weight, DTensor):
+        raise ValueError("These heads start from whole weights of the base model, not from those of ZeRO-3 or FSDP.")
+    config = base_model.config.get_text_config(decoder=True)
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+    return scale * weight
+
+
 class BaseModelHead:
     """An LM head with what its family does to logits, for as many tokens as a speculator has."""
 

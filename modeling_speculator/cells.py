@@ -27,6 +27,13 @@ class MLPSpeculatorRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, 1e-6) + self.bias
 
 
+def starting_as(what: str, linear: nn.Linear) -> nn.Linear:
+    """A linear layer of a new speculator that starts as "zero", as the "identity" of its first inputs, or as
+    "noise" that keeps the size of what it reads."""
+    linear.starts_as = what
+    return linear
+
+
 class Cell(nn.Module):
     """What all cells share: the LM heads, the first state, and how a head's logits come from a state.
 

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cells import starting_as
+
 
 class ContextLayer(nn.Module):
     """`c_t = h_t + Wout layer(W [norm(E[token_{t+1}]); norm(f_t)])`: one causal pre-norm decoder layer over pairs.
@@ -29,10 +31,14 @@ class ContextLayer(nn.Module):
         self.attention_norm, self.qkv, self.attention_out = (
             _norm(width),
             _linear(width, 3 * width),
-            _linear(width, width),
+            _linear(width, width, "zero"),
         )
-        self.mlp_norm, self.gate_up, self.down = _norm(width), _linear(width, 2 * inner_dim), _linear(inner_dim, width)
-        self.proj_out = _linear(width, width)
+        self.mlp_norm, self.gate_up, self.down = (
+            _norm(width),
+            _linear(width, 2 * inner_dim),
+            _linear(inner_dim, width, "zero"),
+        )
+        self.proj_out = _linear(width, width, "zero")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,9 +48,6 @@ class ContextLayer(nn.Module):
     def key_shape(self) -> tuple[int, int]:
         """Heads of keys, and their width."""
         return self.heads, self.proj_in.out_features // self.heads
-
-    def starting_at_zero(self) -> tuple[nn.Linear, ...]:
-        return self.attention_out, self.down, self.proj_out
 
     def read(
         self, hidden_states: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor | None, positions: torch.Tensor
@@ -110,8 +113,8 @@ def rotated(
     return turn(query), turn(key)
 
 
-def _linear(width_in: int, width_out: int) -> nn.Linear:
-    return nn.Linear(width_in, width_out, bias=False)
+def _linear(width_in: int, width_out: int, start: str = "noise") -> nn.Linear:
+    return starting_as(start, nn.Linear(width_in, width_out, bias=False))
 
 
 def _norm(width: int) -> nn.RMSNorm:

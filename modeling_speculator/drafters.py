@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
 from .modeling_context import ContextConfig, ContextSpeculator
 from .modeling_eagle import EagleConfig, EagleSpeculator
+from .modeling_hydra import HydraConfig, HydraModel
 from .modeling_medusa import MedusaConfig, MedusaModel
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
 from .modeling_prompt_lookup import PromptLookupConfig
+from .modeling_redrafter import ReDrafterConfig, ReDrafterModel
 from .modeling_residual import ResidualConfig, ResidualSpeculator
 from .modeling_streaming import StreamingConfig, StreamingSpeculator
 from .modeling_unconditioned import UnconditionedConfig, UnconditionedSpeculator
@@ -29,6 +31,8 @@ DRAFTERS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
     ResidualConfig: ResidualSpeculator,
     ContextConfig: ContextSpeculator,
     EagleConfig: EagleSpeculator,
+    HydraConfig: HydraModel,
+    ReDrafterConfig: ReDrafterModel,
     StreamingConfig: StreamingSpeculator,
     UnconditionedConfig: UnconditionedSpeculator,
 }

@@ -4,14 +4,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cells import starting_as
 from .context_layer import rotated
 
 
 class EagleLayer(nn.Module):
     """Pair t is a feature f_t and the embedding of token t + 1; the layer guesses f_{t+1}.
 
-    EAGLE (arXiv 2401.15077, section 4.1), where `n_features` is 0: f_t is the context vector, and `fc [embedding; f_t]`
-    is what enters the layer, without a norm before its attention.
+    EAGLE (arXiv 2401.15077, section 4.1), where `n_features` is 0: f_t is the context vector; `fc [embedding; f_t]` is
+    what enters the layer, without a norm before its attention.
     EAGLE-3 (arXiv 2503.01840, section 3.1): f_t is `fc` of what enters some layers of the base model, one after the
     other; queries, keys and values read `[norm(embedding); norm(f_t)]`, and what is added to is f_t.
 
@@ -37,18 +38,15 @@ class EagleLayer(nn.Module):
         self.hidden_norm = _norm(width) if self.is_fused else None
         self.q_proj = _linear(read, heads * head_dim)
         self.k_proj, self.v_proj = (_linear(read, kv_heads * head_dim) for _ in range(2))
-        self.o_proj = _linear(heads * head_dim, width)
+        self.o_proj = starting_as("zero", _linear(heads * head_dim, width))
         self.post_attention_layernorm = _norm(width)
         self.gate_proj, self.up_proj = _linear(width, inner_dim), _linear(width, inner_dim)
-        self.down_proj = _linear(inner_dim, width)
+        self.down_proj = starting_as("zero", _linear(inner_dim, width))
         self.norm = _norm(width) if self.is_fused else nn.Identity()
 
     @property
     def dtype(self) -> torch.dtype:
         return self.fc.weight.dtype
-
-    def starting_at_zero(self) -> tuple[nn.Linear, ...]:
-        return self.o_proj, self.down_proj
 
     def read(
         self, hidden_states: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor | None, positions: torch.Tensor
@@ -75,13 +73,17 @@ class EagleLayer(nn.Module):
             stream, read = features, torch.cat([self.input_layernorm(tokens), self.hidden_norm(features)], dim=-1)
         else:
             stream = read = self.fc(torch.cat([tokens, features], dim=-1))
-        batch, n, _ = stream.shape
+        return stream, *self.project(read, positions)
+
+    def project(self, read: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (batch, heads, n, head_dim) of what is read."""
+        batch, n, _ = read.shape
 
         def split(states: torch.Tensor) -> torch.Tensor:
             return states.view(batch, n, -1, self.key_shape[1]).transpose(1, 2)
 
         query, key, value = (split(proj(read)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return stream, *rotated(query, key, positions, self.rope_theta), value
+        return *rotated(query, key, positions, self.rope_theta), value
 
     def attend(
         self,
@@ -124,9 +126,30 @@ class EagleLayer(nn.Module):
         return stream + self.down_proj(F.silu(self.gate_proj(read)) * self.up_proj(read))
 
 
+class PrefixLayer(EagleLayer):
+    """Hydra++'s (arXiv 2402.05109, section 4.3): a pre-norm decoder layer over context vectors alone."""
+
+    def __init__(self, width: int, heads: int, inner_dim: int, rope_theta: float):
+        super().__init__(width, heads, heads, width // heads, inner_dim, 0, rope_theta)
+        self.fc, self.input_layernorm = None, _norm(width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.q_proj.weight.dtype
+
+    def read(
+        self, hidden_states: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        stream = hidden_states.to(self.dtype)
+        return stream, *self.project(self.input_layernorm(stream), positions)
+
+
 def _linear(width_in: int, width_out: int) -> nn.Linear:
     return nn.Linear(width_in, width_out, bias=False)
 
 
 def _norm(width: int) -> nn.RMSNorm:
     return nn.RMSNorm(width, eps=1e-6)
+
+
+__all__ = ["EagleLayer", "PrefixLayer"]

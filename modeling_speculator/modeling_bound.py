@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .base_model_ends import BaseModelEnds
+from .base_model_ends import BaseModelEnds, lm_head_weight
 from .cells import Cell
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
@@ -72,14 +72,14 @@ class BoundCell(Cell):
 
     def bound(self, base_model: PreTrainedModel) -> "BoundCell":
         cell = copy.copy(self)  # the parameters are shared; nothing of the base model is kept in the module
-        cell.ends, ids = BaseModelEnds(base_model, self.vocab_size), self.config.draft_vocabulary
+        cell.ends, ids = BaseModelEnds(base_model, self.vocab_size), getattr(self.config, "draft_vocabulary", None)
         cell.draft_rows = None if ids is None else cell.ends.draft_rows(ids)
         return cell
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         ends = BaseModelEnds(base_model, self.vocab_size)
         ends.check(self.sketch, self.sketch_rows)
-        if self.config.draft_vocabulary is not None:
+        if getattr(self.config, "draft_vocabulary", None) is not None:
             self.config.check_draft_vocabulary()
             ends.draft_rows(self.config.draft_vocabulary)
 
@@ -120,6 +120,32 @@ class BoundCell(Cell):
         self.vocab_size = vocab_size
 
 
+class ReadingCell(BoundCell):
+    """A bound cell that reads tokens by the base model's embeddings, and has LM heads of its own.
+
+    Attributes:
+        head: LM heads, of which the base model's is the start.
+    """
+
+    def lm_head(self, head: int) -> nn.Linear:
+        return self.head[head]
+
+    def features(self, state: torch.Tensor) -> torch.Tensor:
+        return state[..., : self.head[0].in_features]
+
+    @torch.no_grad()
+    def start_from(self, base_model: PreTrainedModel) -> None:
+        super().start_from(base_model)
+        weight = lm_head_weight(base_model)
+        for head in self.head:
+            head.weight.zero_()
+            head.weight[: len(weight), : self.inner_dim] = weight[: len(head.weight)]
+
+    def resize_vocabulary(self, vocab_size: int, fill) -> None:
+        Cell.resize_vocabulary(self, vocab_size, fill)
+        self.vocab_size = vocab_size
+
+
 class BoundSpeculator(MLPSpeculatorPreTrainedModel):
     """A bound cell as a speculator: it drafts for the base model that it was trained beside, and no other."""
 
@@ -128,8 +154,18 @@ class BoundSpeculator(MLPSpeculatorPreTrainedModel):
         if isinstance(module, BoundCell):
             init.zeros_(module.sketch)
             init.zeros_(module.sketch_rows)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Linear):
+            start = getattr(module, "starts_as", "noise")
+            if start == "noise":
+                init.normal_(module.weight, std=module.in_features**-0.5)
+            else:
+                {"zero": init.zeros_, "identity": init.eye_}[start](module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
 
-__all__ = ["BoundCell", "BoundConfig", "BoundSpeculator"]
+__all__ = ["BoundCell", "BoundConfig", "BoundSpeculator", "ReadingCell"]

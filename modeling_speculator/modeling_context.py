@@ -1,9 +1,7 @@
 """A residual speculator behind a context layer: its heads start from vectors that have attended to the text."""
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .context_layer import ContextLayer
 from .context_state import ContextState
@@ -106,17 +104,6 @@ class ContextSpeculator(ResidualSpeculator):
 
     config_class = ContextConfig
     cells = {"context": ContextCell}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ContextCell):
-            zeros = module.context.starting_at_zero()
-            for linear in (part for part in module.context.modules() if isinstance(part, nn.Linear)):
-                if linear in zeros:
-                    init.zeros_(linear.weight)
-                else:
-                    init.normal_(linear.weight, std=linear.in_features**-0.5)
 
 
 __all__ = ["ContextConfig", "ContextSpeculator"]

@@ -7,9 +7,7 @@ its keys and values along in its state, so that nothing has to be taken back.
 import copy
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .context_vectors import mask_of_text
 from .drafter_state import Call
@@ -129,20 +127,6 @@ class EagleSpeculator(BoundSpeculator):
 
     config_class = EagleConfig
     cells = {"eagle": EagleCell}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, EagleLayer):
-            for linear in module.starting_at_zero():
-                init.zeros_(linear.weight)
 
 
 __all__ = ["EagleConfig", "EagleSpeculator"]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .base_model_ends import lm_head_weight
 from .cells import Cell
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
@@ -52,13 +53,8 @@ class MedusaHeads(Cell):
     @torch.no_grad()
     def start_from(self, base_model: PreTrainedModel) -> None:
         """Every head starts as the base model's LM head (but for a bias or a soft cap), for W1 and b start at zero."""
-        weight = base_model.get_output_embeddings().weight
-        if hasattr(weight, "ds_id"):
-            raise ValueError("Medusa heads start from whole weights of the base model, not from those of ZeRO-3.")
-        config = base_model.config.get_text_config(decoder=True)
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
         for head in self.head:
-            head.weight.copy_(scale * weight)
+            head.weight.copy_(lm_head_weight(base_model))
 
 
 class MedusaModel(MLPSpeculatorPreTrainedModel):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .cells import starting_as
 from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
 
 
@@ -33,7 +34,7 @@ class ResidualCell(BoundCell):
         super().__init__(config)
         width, heads = config.inner_dim or config.emb_dim, range(config.n_predict)
         self.proj_in = nn.ModuleList(nn.Linear(2 * config.emb_dim, width, bias=False) for _ in heads)
-        self.proj_out = nn.ModuleList(nn.Linear(width, config.emb_dim, bias=False) for _ in heads)
+        self.proj_out = nn.ModuleList(starting_as("zero", nn.Linear(width, config.emb_dim, bias=False)) for _ in heads)
         self.state_norm, self.token_norm = (
             nn.ModuleList(nn.RMSNorm(config.emb_dim, eps=1e-5) for _ in heads) for _ in range(2)
         )
@@ -60,13 +61,10 @@ class ResidualSpeculator(BoundSpeculator):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif not isinstance(module, nn.Linear) or module.in_features == 2 * self.config.emb_dim:
+        if isinstance(module, nn.Linear) and not hasattr(module, "starts_as"):
+            init.normal_(module.weight, std=(self.config.inner_dim or self.config.emb_dim) ** -0.5)
+        else:
             super()._init_weights(module)
-        if isinstance(module, ResidualCell):
-            for linear in module.proj_out:
-                init.zeros_(linear.weight)
 
 
 __all__ = ["ResidualConfig", "ResidualSpeculator"]

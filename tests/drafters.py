@@ -6,6 +6,7 @@ from modeling_speculator.measuring.evaluation import starts_of_drafts
 from modeling_speculator.measuring.oracle import Oracle
 from modeling_speculator.modeling_context import ContextConfig, ContextSpeculator
 from modeling_speculator.modeling_eagle import EagleConfig, EagleSpeculator
+from modeling_speculator.modeling_hydra import HydraConfig, HydraModel
 from modeling_speculator.modeling_streaming import StreamingConfig, StreamingSpeculator
 
 
@@ -65,6 +66,19 @@ def eagle_speculator(base_model, **config):
 def eagle3_speculator(base_model, **config):
     """One that reads features of two layers, and has fewer heads of keys than of queries."""
     return eagle_speculator(base_model, **{"feature_layers": [0, 1], "context_kv_heads": 1} | config)
+
+
+def hydra_plus_speculator(base_model, **config):
+    """Hydra++ heads whose weights are far from where they start."""
+    torch.manual_seed(0)
+    shape = base_model.config.get_text_config(decoder=True)
+    sizes = {"vocab_size": shape.vocab_size, "emb_dim": shape.hidden_size, "n_predict": 3, "context_heads": 2}
+    speculator = HydraModel(HydraConfig(**sizes | {"prefix_layer": True, "n_blocks": 2} | config)).eval()
+    speculator.speculator.start_from(base_model)
+    with torch.no_grad():
+        for weight in speculator.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return speculator
 
 
 def streaming_speculator(base_model, **config):

@@ -9,6 +9,7 @@ from drafters import (
     context_speculator,
     eagle3_speculator,
     eagle_speculator,
+    hydra_plus_speculator,
     streaming_speculator,
 )
 from tiny_models import prompts, tiny_model
@@ -47,7 +48,13 @@ def farthest(oracle, out):
 SAME = 1e-4
 
 
-MAKERS = [context_speculator, eagle_speculator, eagle3_speculator, streaming_speculator]
+MAKERS = [
+    context_speculator,
+    eagle_speculator,
+    eagle3_speculator,
+    hydra_plus_speculator,
+    streaming_speculator,
+]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -63,6 +63,15 @@ def test_the_layer_of_eagle_1_is_llamas(llama):
     torch.testing.assert_close(speculator.beside(llama).with_context(states, text[:, 1:]), expected)
 
 
+def test_a_new_one_says_what_enters_its_layer(llama):
+    """All that it would add starts at zero."""
+    speculator = EagleSpeculator(EagleConfig(vocab_size=VOCAB, emb_dim=32, context_heads=2))
+    layer, states = speculator.speculator.layer, torch.randn(1, 4, 32)
+    starts = speculator.beside(llama).with_context(states, tokens(4))
+    embeddings = llama.get_input_embeddings()(tokens(4))
+    torch.testing.assert_close(starts, layer.fc(torch.cat([embeddings, states], dim=-1)))
+
+
 def test_bad_configs(llama):
     shape = {"vocab_size": VOCAB, "emb_dim": 32}
     with pytest.raises(ValueError, match="can't be split into 3 heads"):

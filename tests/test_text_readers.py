@@ -19,6 +19,7 @@ METHODS = {
     "context": {"method": "context", "context_heads": 2, "feature_layers": [1]},
     "eagle": {"method": "eagle", "context_heads": 2},
     "eagle3": {"method": "eagle", "context_heads": 2, "context_kv_heads": 1, "feature_layers": [0, 1]},
+    "hydra++": {"method": "hydra", "context_heads": 2, "prefix_layer": True, "n_blocks": 2},
     "streaming": {"method": "streaming", "n_stream_layers": 1, "stream_lora_rank": 4},
 }
 

@@ -28,6 +28,8 @@ _OF_A_NEW_ONE = (
     "context_heads",
     "context_kv_heads",
     "context_inner_dim",
+    "n_blocks",
+    "prefix_layer",
     "n_stream_layers",
     "stream_lora_rank",
     "tie_weights",

@@ -48,7 +48,8 @@ class ModelArguments:
     method: str | None = option(
         None,
         "METHOD",
-        "sum_rnn (published), sum_lstm (gated), residual, context, eagle, streaming, medusa or unconditioned "
+        "sum_rnn (published), sum_lstm (gated), residual, context, eagle, hydra, redrafter, streaming, medusa or "
+        "unconditioned "
         f"(default: {_NEW.method})",
     )
     feature_layers: list[int] | None = option(
@@ -59,6 +60,12 @@ class ModelArguments:
         None, "HEADS", "method eagle: of keys and values (default: one for each of queries)"
     )
     context_inner_dim: int | None = option(None, "WIDTH", "likewise: of its SwiGLU (default: twice the base model's)")
+    n_blocks: int | None = option(
+        None, "BLOCKS", "methods hydra, redrafter: residual blocks of a head (default: 1; redrafter 2)"
+    )
+    prefix_layer: bool | None = option(
+        None, "true|false", "method hydra: behind a decoder layer, as Hydra++ (default: false)"
+    )
     n_stream_layers: int | None = option(
         None, "LAYERS", "method streaming: of the base model, that streams run through (default: the last quarter)"
     )
