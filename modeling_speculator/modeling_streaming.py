@@ -42,7 +42,8 @@ class StreamingConfig(BoundConfig):
     n_base_layers: int = 0
     adapted: dict[str, list[int]] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, n_streams: int | None = None, **kwargs):
+        self.n_predict = self.n_predict if n_streams is None else n_streams
         if self.inner_dim not in (0, self.emb_dim) or self.tie_weights or self.scale_input:
             raise ValueError(
                 "Streams are as wide as the base model, and have no heads to share: drop `inner_dim`, `tie_weights` "
