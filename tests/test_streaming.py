@@ -112,7 +112,7 @@ def test_refused(llama):
     deeper.set_input_embeddings(llama.get_input_embeddings())
     with pytest.raises(ValueError, match="made for a base model of 2 layers, but LlamaForCausalLM has 3"):
         deeper.generate(**prompts(), assistant_model=speculator)
-    wider = LlamaForCausalLM(LlamaConfig(**llama.config.to_dict() | {"intermediate_size": 48}))
+    wider = LlamaForCausalLM(LlamaConfig(**llama.config.to_dict() | {"intermediate_size": 80}))
     wider.set_input_embeddings(llama.get_input_embeddings())
     with pytest.raises(ValueError, match=r"adapt mlp.gate_proj, .*, which LlamaForCausalLM does not have"):
         wider.generate(**prompts(), assistant_model=speculator)
