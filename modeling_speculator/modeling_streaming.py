@@ -213,4 +213,4 @@ class StreamingSpeculator(BoundSpeculator):
             super()._init_weights(module)
 
 
-__all__ = ["StreamingConfig", "StreamingSpeculator"]
+__all__ = ["StreamingCell", "StreamingConfig", "StreamingSpeculator"]

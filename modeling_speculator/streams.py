@@ -221,8 +221,11 @@ def read_streams(
 
     with torch.no_grad():
         through_upper_layers(_UpperLayers(first, states), places[None], main)
-    n_layers, rows = config.num_hidden_layers - first, max(LEAST_ROWS, n * len(streams) // 8)
-    is_large = states.numel() * len(streams) * n_layers * _VALUES_KEPT * states.element_size() > KEPT_BYTES
+    rows = max(LEAST_ROWS, n * len(streams) // 8)  # the shorter a part, the less it sees that comes after it
+    kept_of_row = batch * (config.num_hidden_layers - first) * _VALUES_KEPT * width * states.element_size()
+    is_large = n * len(streams) * kept_of_row > KEPT_BYTES
+    if is_large and torch.is_grad_enabled():  # computed again for the backward, one part at a time
+        rows = min(rows, KEPT_BYTES // kept_of_row)
     leaving, end = [], 0
     for part in places.split(max(1, rows // len(streams))):
         end += len(part)

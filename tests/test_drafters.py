@@ -146,7 +146,7 @@ def test_a_drafter_of_ones_own(request, llama):
         config_class = MyConfig
         cells = {"of_ones_own": modeling_medusa.MedusaHeads}
 
-    with pytest.raises(ValueError, match="must be one of sum_rnn, sum_lstm, .*context, unconditioned, but"):
+    with pytest.raises(ValueError, match="must be one of sum_rnn, sum_lstm, .*context, .*unconditioned, but"):
         drafters.config_class_of("of_ones_own")
     drafters.register_drafter(MyConfig, MyDrafter)
     request.addfinalizer(lambda: drafters.DRAFTERS.pop(MyConfig))

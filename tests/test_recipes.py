@@ -157,7 +157,7 @@ def test_a_flag_wins_over_the_file(recipe):
         ("top_k_tokens_per_head: [[5, 3]]", [], "`top_k_tokens_per_head` takes a flat list"),
         ("stage: 4", [], "`stage` must be 1"),
         ("base_model_quantization: 3bit", [], "`base_model_quantization` must be"),
-        ("loss: [cross_entropy, accuracy]", [], "`loss` must name one or more of cross_entropy, forward_kl"),
+        ("loss: [cross_entropy, accuracy]", [], "`loss` must name one or more of cross_entropy, argmax, forward_kl"),
         ("loss: [cross_entropy, forward_kl]\nloss_weights: [1.0]", [], "`loss_weights` needs 2 numbers"),
         ("loss: [forward_kl]\ntarget_top_k: 0", [], "`target_top_k` must be between 1"),
         ("target_temperature: 0.25", [], "are for the losses forward_kl, .*but `loss` is"),

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checks import check_positions, check_shapes
 from ..context_vectors import Reading
 from ..drafters import DRAFTERS
-from ..families import check_feature_layers, output_logits
+from ..families import check_feature_layers, decoder_layers, output_logits
 from ..loading import base_model_config, speculator_config
 from ..measuring.prompts import read_prompts
+from ..modeling_streaming import StreamingCell
+from ..streams import KEPT_BYTES
 from ..transformers_api import fake_tensors, storage_id
 from .alignment import TrainingBatch, align
 from .base_model import read
@@ -88,6 +90,7 @@ def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_
         speculator.config.top_k_tokens_per_head,
     )
     saved = _saved_for_backward(speculator, base_model, objective, batch, training.bf16)
+    saved += KEPT_BYTES if isinstance(cell, StreamingCell) else 0  # what it computes again
     longest = _longest_text(data, training)
     check_positions(base_model, longest)
 
@@ -228,13 +231,17 @@ def _seconds(base_model, speculator, text: torch.Tensor, stage: int, weights: fl
     if not hasattr(speculator.speculator, "head"):  # the base model's, which gets no gradient itself
         of_heads = speculator.config.n_predict * base_model.get_output_embeddings().weight.numel()
         flops += text.numel() * 4 * of_heads
+    if isinstance(speculator.speculator, StreamingCell):
+        # The main stream once more; each other one twice forward, as it is computed again, and back.
+        upper = decoder_layers(base_model)[speculator.speculator.config.first_layer :]
+        flops += text.numel() * (2 + 6 * speculator.config.n_predict) * sum(_count(layer) for layer in upper)
     reading = 0.0
     if stage == 2:
         reading = text.shape[1] * (weights + _key_value_bytes(base_model, text) / 2) / BANDWIDTH
     return flops / (UTILISATION * FLOPS) + reading
 
 
-def _count(model: PreTrainedModel) -> int:
+def _count(model: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
