@@ -38,6 +38,11 @@ class CandidateSelection:
         return self.speculator.reads_prompt
 
     @property
+    def copied_per_place(self) -> int:
+        """Numbers that `at_places` copies for each place."""
+        return self.speculator.copied_per_place
+
+    @property
     def drafts_after_prompt(self) -> bool:
         """Whether its first draft is before the first step, and not after it."""
         return self.speculator.drafts_after_prompt

@@ -44,6 +44,7 @@ class Cell(nn.Module):
     needs_base_model = False  # whether it uses layers of the base model, to which `bound` binds it
     reads_text = False  # whether the first state depends on other verified tokens than the last
     reads_prompt = False  # whether its state in a call of `generate` wants to know the prompt
+    copied_per_place = 0  # numbers that `at_places` copies for each place
     drafts_after_prompt = True  # or from the second step of a call on
     feature_layers: tuple[int, ...] = ()  # layers of the base model, what enters which is read, too
 

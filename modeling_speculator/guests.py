@@ -69,11 +69,12 @@ def linear_layers(layer: nn.Module) -> dict[str, tuple[int, int]]:
 
     Fused or not; but none of or beside a mixture's experts, which are given rows by choice.
     """
-    mixtures = [f"{name}." for name, part in layer.named_modules() if hasattr(part, "experts")]
+    inner = [f"{name}." for name, part in layer.named_modules() if hasattr(part, "experts") or _wrapped(part)]
     found = {}
     for name, part in layer.named_modules():
-        if name.startswith(tuple(mixtures)):
+        if name.startswith(tuple(inner)):
             continue
+        part = _wrapped(part) or part
         if isinstance(part, nn.Linear):
             found[name] = (part.in_features, part.out_features)
         elif type(part).__name__ == "Conv1D":  # GPT-2's, with the weight turned
@@ -81,8 +82,16 @@ def linear_layers(layer: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
+def _wrapped(part: nn.Module) -> nn.Module | None:
+    """The layer that an adapter of peft wraps; None for others."""
+    layer = getattr(part, "base_layer", None)
+    return layer if isinstance(layer, nn.Module) else None
+
+
 def _let_in(at: int, layer: nn.Module):
     parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+    if "hidden_states" not in parameters:  # something around the layer, which passes on what it is given
+        parameters = ("hidden_states",)
 
     def enter(module, args, kwargs):
         guest = _current.guest

@@ -72,6 +72,10 @@ class EagleCell(BoundCell):
         sizes = width, heads, config.context_kv_heads or heads, width // heads, config.inner_dim or 2 * width
         self.layer = EagleLayer(*sizes, len(self.feature_layers), config.rope_theta)
 
+    @property
+    def copied_per_place(self) -> int:
+        return 0 if self.seen is None else 2 * self.seen.keys[0].numel()
+
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         super().check_base_model(base_model)
         check_feature_layers(base_model, self.feature_layers)

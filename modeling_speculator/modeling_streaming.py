@@ -9,12 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .attention import uses_sdpa
 from .drafter_state import Call
 from .families import decoder_layers
 from .guests import guests_allowed, linear_layers
 from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
 from .stream_state import StreamState
-from .streams import Streams, read_streams
+from .streams import Streams, key_of, read_streams
+from .transformers_api import attn_implementation, is_checkpointing
 
 
 class StreamingConfig(BoundConfig):
@@ -132,7 +134,7 @@ class StreamingCell(BoundCell):
         scale = (config.stream_lora_alpha or 2 * config.stream_lora_rank) / max(1, config.stream_lora_rank)
         for _ in range(config.n_stream_layers if config.adapted else 0):
             sizes = config.adapted.items()
-            of_layer = {name.replace(".", "-"): LoRA(*size, config.stream_lora_rank, scale) for name, size in sizes}
+            of_layer = {key_of(name): LoRA(*size, config.stream_lora_rank, scale) for name, size in sizes}
             self.adapters.append(nn.ModuleDict(of_layer))
 
     @property
@@ -142,7 +144,7 @@ class StreamingCell(BoundCell):
 
     @property
     def streams(self) -> Streams:
-        return Streams(self.embeddings, self.config.first_layer, self.adapters)
+        return Streams(self.embeddings, self.config.first_layer, self.adapters, tuple(self.config.adapted))
 
     def fit(self, base_model: PreTrainedModel) -> None:
         if not self.config.n_base_layers:
@@ -154,6 +156,16 @@ class StreamingCell(BoundCell):
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         super().check_base_model(base_model)
         layers, config, name = decoder_layers(base_model), self.config, type(base_model).__name__
+        attention = attn_implementation(base_model.config.get_text_config(decoder=True))
+        if not uses_sdpa(base_model) and attention != "eager":
+            raise ValueError(
+                f"{name} runs with `attn_implementation={attention!r}`, which takes no mask of streams. Load it with "
+                '`attn_implementation="sdpa"` or "eager".'
+            )
+        if base_model.training and is_checkpointing(base_model):
+            raise ValueError(
+                f"{name} is training with gradient checkpointing, which allows no cache. Call `eval()` first."
+            )
         if len(layers) != config.n_base_layers:
             raise ValueError(
                 f"The streams were made for a base model of {config.n_base_layers} layers, but {name} has "

@@ -4,9 +4,11 @@ Stream j of a place attends to what its place attends to and to the streams <= j
 Its rotary position is its place's (arXiv 2402.11131, section 3.1).
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,6 +28,11 @@ _VALUES_KEPT = 32  # in a layer for each row, in hidden sizes
 Masks = torch.Tensor | dict[str, torch.Tensor]  # as a decoder takes them: one, or one for each type of layer
 
 
+def key_of(name: str) -> str:
+    """The name of a linear layer as that of a module: without dots."""
+    return name.replace(".", "-")
+
+
 @dataclass
 class Streams:
     """What they start from, and what is different for them.
@@ -33,12 +40,14 @@ class Streams:
     Attributes:
         embeddings: (streams of a place, hidden_size), added to the main stream's state.
         first_layer: of the base model, that they run through.
-        adapters: by layer from that one on, and by the name of a linear layer in it, what is added to its output.
+        adapters: by layer from that one on, and by `key_of` the name of a linear layer, what is added to its output.
+        names: of the linear layers with an adapter, the same in each layer.
     """
 
     embeddings: torch.Tensor
     first_layer: int
     adapters: Sequence[nn.ModuleDict]
+    names: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -46,16 +55,19 @@ class Streams:
     @property
     def adapted(self) -> tuple[tuple[int, str], ...]:
         """The linear layers with an adapter: of which layer of the base model, under which name."""
-        layers = enumerate(self.adapters, start=self.first_layer)
-        return tuple((at, key.replace("-", ".")) for at, of_layer in layers for key in of_layer)
+        return tuple((self.first_layer + at, name) for at in range(len(self.adapters)) for name in self.names)
 
     def starting_at(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, n, hidden_size) -> (batch, n * streams, hidden_size), those of a place one after the other."""
         return (states[:, :, None] + self.embeddings.to(states.device, states.dtype)).flatten(1, 2)
 
+    def adapts(self, layer: int, name: str) -> bool:
+        """Whether it has an adapter for a linear layer: another thread's guest may have one where this has none."""
+        return 0 <= layer - self.first_layer < len(self.adapters) and name in self.names
+
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         """A linear layer's outputs, with what an adapter adds: (batch, rows, outputs)."""
-        adapter = self.adapters[layer - self.first_layer][name.replace(".", "-")]
+        adapter = self.adapters[layer - self.first_layer][key_of(name)]
         return outputs + adapter(inputs).to(outputs.device, outputs.dtype)
 
     def own_mask(self, n: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -114,6 +126,8 @@ class StreamsOfNodes(Guest):
         return torch.cat([values, values.repeat_interleave(len(self.streams), dim=1)], dim=1)
 
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        if not self.streams.adapts(layer, name):
+            return outputs
         nodes, streams = outputs[:, : self.n_nodes], outputs[:, self.n_nodes :]
         return torch.cat([nodes, self.streams.adapt(layer, name, inputs[:, self.n_nodes :], streams)], dim=1)
 
@@ -144,7 +158,9 @@ class _UpperLayers(Guest):
                     inputs[name] = _of_rows(inputs[name], lambda values: values[:, :1])
 
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs if self.streams is None else self.streams.adapt(layer, name, inputs, outputs)
+        if self.streams is None or not self.streams.adapts(layer, name):
+            return outputs
+        return self.streams.adapt(layer, name, inputs, outputs)
 
 
 class _MainStream(DynamicLayer):
@@ -236,17 +252,31 @@ def read_streams(
     return torch.cat(leaving, dim=1)
 
 
+_freezing = threading.Lock()
+_frozen_now: WeakKeyDictionary = WeakKeyDictionary()  # by base model: how many want it, and what was trainable
+
+
 @contextmanager
 def _frozen(base_model) -> Iterator[None]:
     """The base model is not ours to train: its weights get no gradient from what runs meanwhile."""
-    trainable = [weight for weight in base_model.parameters() if weight.requires_grad and torch.is_grad_enabled()]
-    for weight in trainable:
-        weight.requires_grad_(False)
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with _freezing:
+        users, trainable = _frozen_now.get(base_model) or (0, [w for w in base_model.parameters() if w.requires_grad])
+        _frozen_now[base_model] = users + 1, trainable
+        for weight in trainable:
+            weight.requires_grad_(False)
     try:
         yield
     finally:
-        for weight in trainable:
-            weight.requires_grad_(True)
+        with _freezing:
+            users, trainable = _frozen_now.pop(base_model)
+            if users > 1:
+                _frozen_now[base_model] = users - 1, trainable
+            else:  # the last one gives them back
+                for weight in trainable:
+                    weight.requires_grad_(True)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

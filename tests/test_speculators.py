@@ -171,6 +171,25 @@ def test_an_adapter_of_the_gated_cell(tmp_path, llama):
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
+@pytest.mark.parametrize("method", ["context", "eagle", "hydra", "medusa", "redrafter", "residual"])
+def test_an_adapter_of_every_product(tmp_path, llama, method):
+    heads = {"context_heads": 2} if method in ("context", "eagle", "hydra") else {}
+    new = ModelArguments(base_model="x", method=method, n_predict=3, **heads)
+    load_or_create_speculator(new, llama).save_pretrained(tmp_path)
+    model = load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path), lora_rank=2), llama)
+    whole = AutoModel.from_pretrained(tmp_path)
+    products = {name for name, part in whole.named_modules() if isinstance(part, torch.nn.Linear)}
+    trained = (name.split(".lora_")[0] for name, weight in model.named_parameters() if weight.requires_grad)
+    assert {name.removeprefix("base_model.model.") for name in trained} == products
+
+
+def test_streams_are_adapters_themselves(tmp_path, llama):
+    new = ModelArguments(base_model="x", method="streaming", n_predict=3)
+    load_or_create_speculator(new, llama).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adapters themselves"):
+        load_or_create_speculator(ModelArguments(base_model="x", speculator=str(tmp_path), lora_rank=2), llama)
+
+
 def adapted(base_model):
     torch.manual_seed(1)
     model = get_peft_model(base_model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False))

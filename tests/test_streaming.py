@@ -3,6 +3,7 @@
 import pytest
 import torch
 from drafters import streaming_speculator
+from peft import LoraConfig, get_peft_model
 from test_drafter_state import SAME, farthest, speculate
 from tiny_models import VOCAB, prompts, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,6 +98,42 @@ def test_fewer_streams_or_more(llama, n_streams):
     assert given.tolist() == expected.tolist()
 
 
+def test_other_streams_on_the_same_model(llama):
+    """Hooks are shared by all calls at work: those of layers that only another's streams adapt let these be."""
+    expected = llama.generate(**prompts(), max_new_tokens=24, do_sample=False)
+    other = streaming_speculator(llama, n_stream_layers=2).speculator.streams
+    for rank in (0, 4):
+        speculator = streaming_speculator(llama, stream_lora_rank=rank)
+        with guests.guests_allowed(llama, other.adapted):
+            oracle, out = speculate(llama, speculator, prompts())
+            assert farthest(oracle, out) < SAME
+            given = llama.generate(**prompts(), max_new_tokens=24, do_sample=False, assistant_model=speculator)
+        assert given.tolist() == expected.tolist()
+
+
+def test_beside_an_adapted_base_model():
+    """Streams adapt what peft's layers make as a whole, whatever the adapter is called."""
+    model = tiny_model("llama")
+    speculator = streaming_speculator(model)
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, adapter, adapter_name="my-lora")
+    assert guests.linear_layers(model.model.layers[1]).keys() == speculator.config.adapted.keys()
+    expected = adapted.generate(**prompts(), max_new_tokens=24, do_sample=False)
+    given = adapted.generate(**prompts(), max_new_tokens=24, do_sample=False, assistant_model=speculator)
+    assert given.tolist() == expected.tolist()
+    oracle, out = speculate(model, speculator, prompts())
+    assert farthest(oracle, out) < SAME
+
+
+def test_no_gradient_of_the_base_model_in_any_thread(llama):
+    """Each of two readings that overlap wants the weights frozen; the first to end does not thaw them."""
+    with streams._frozen(llama):
+        with streams._frozen(llama):
+            assert not any(weight.requires_grad for weight in llama.parameters())
+        assert not any(weight.requires_grad for weight in llama.parameters())
+    assert all(weight.requires_grad for weight in llama.parameters())
+
+
 def test_refused(llama):
     shape = {"vocab_size": VOCAB, "emb_dim": 32}
     with pytest.raises(ValueError, match="`n_predict` must be an integer of at least 1"):
@@ -116,5 +153,12 @@ def test_refused(llama):
     wider.set_input_embeddings(llama.get_input_embeddings())
     with pytest.raises(ValueError, match=r"adapt mlp.gate_proj, .*, which LlamaForCausalLM does not have"):
         wider.generate(**prompts(), assistant_model=speculator)
+    checkpointing = tiny_model("llama")
+    checkpointing.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"allows no cache. Call `eval\(\)` first"):
+        speculator.speculator.check_base_model(checkpointing.train())
+    with pytest.raises(ValueError, match="takes no mask of streams"):
+        checkpointing.config._attn_implementation = "flash_attention_2"
+        speculator.speculator.check_base_model(checkpointing.eval())
     with pytest.raises(ValueError, match="`method: residual` has no n_stream_layers"):
         load_or_create_speculator(ModelArguments(base_model="x", method="residual", n_stream_layers=1), llama)

@@ -12,6 +12,7 @@ from ..configuration_mlp_speculator import MLPSpeculatorConfig
 from ..drafters import DRAFTERS, config_class_of
 from ..loading import speculator_config
 from ..modeling_mlp_speculator import MLPSpeculatorPreTrainedModel
+from ..modeling_streaming import StreamingCell
 from .provenance import revision_of
 from .training_args import ModelArguments
 
@@ -35,10 +36,6 @@ _OF_A_NEW_ONE = (
     "tie_weights",
     "scale_input",
 )
-
-
-# All products with weights of either cell, but for the one that nothing reads; embeddings stay as they are.
-_LORA_TARGETS = r".*(proj|proj_in|proj_out|head)\.\d+(?<!forget_proj\.0)|.*context\.(?!.*norm).*"
 
 
 def load_or_create_speculator(
@@ -126,9 +123,17 @@ def _to_go_on_with(args: ModelArguments, base_model: PreTrainedModel) -> MLPSpec
     speculator.config.base_model_revision = revision_of(args.base_model, args.base_model_revision)
     if args.lora_rank is not None:
         # alpha = 2 r, as peft's guides recommend.
-        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=_LORA_TARGETS)
+        if isinstance(speculator.speculator, StreamingCell):
+            raise ValueError("Streams are adapters themselves, which can be trained further: drop `lora_rank`.")
+        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=_products(speculator))
         return get_peft_model(speculator, config)
     return speculator
+
+
+def _products(speculator: MLPSpeculatorPreTrainedModel) -> list[str]:
+    """All products with weights, but for those that nothing reads; embeddings stay as they are."""
+    linears = ((name, part) for name, part in speculator.named_modules() if isinstance(part, torch.nn.Linear))
+    return [name for name, part in linears if part.weight.requires_grad]
 
 
 @torch.no_grad()

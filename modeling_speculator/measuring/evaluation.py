@@ -72,6 +72,7 @@ def accepted_drafts(
     if config.n_candidates == 0 or config.n_predict == 0:  # no speculation, or no heads
         return torch.zeros_like(tokens[:, :n])
     chunk_size = max(1, chunk_elements // (config.vocab_size * math.prod(config.top_k_tokens_per_head[:-1])))
+    chunk_size = min(chunk_size, max(1, chunk_elements // max(1, getattr(speculator, "copied_per_place", 0))))
     roots = tokens[:, :n].clamp(0, config.vocab_size - 1).reshape(-1, 1)  # the base model may have more
     truth = tokens[:, 1:].unfold(1, config.n_predict, 1).flatten(0, 1)  # (batch * n, n_predict)
     states = hidden_states[:, :n].flatten(0, 1)[:, None]

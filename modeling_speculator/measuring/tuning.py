@@ -103,7 +103,7 @@ class Texts:
         for (drafter, starts), tokens in zip(
             self.drafting(speculator), self.tokens.split(self.batch_size), strict=True
         ):
-            for some in torch.arange(0, tokens.numel(), every).split(32):
+            for some in torch.arange(0, tokens.numel(), every).split(8):
                 rows, places = some // tokens.shape[1], some % tokens.shape[1]
                 here = drafter.at_places(rows, places, starts.shape[1]) if hasattr(drafter, "at_places") else drafter
                 roots = tokens[rows, places][:, None]
