@@ -86,15 +86,20 @@ class SpeculativeDecoder:
         draft is not used.
         """
         self.drafting.choose()
-        tree = self.draft(self.longest_possible())
+        tree = self.draft_next()
         self.read(self.report(tree))
         while self.goes_on():
             choice, n_nodes = self.drafting.choice, self.progress.n_nodes
             self.step(tree.trim(max(n_nodes)), self.slots_in_use())
             self.drafting.choose()
-            tree = self.draft(self.longest_possible())
+            tree = self.draft_next()
             self.read(self.report(tree))
             self.record(choice, n_nodes)
+
+    def draft_next(self) -> CandidateTree:
+        columns = self.longest_possible()
+        self.drafting.state.within(columns + self.rows.in_cache_only)
+        return self.draft(columns)
 
     def retire(self) -> None:
         """Ends the use of the decoder's memory, once the output has been built from it."""

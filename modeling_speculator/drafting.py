@@ -84,7 +84,6 @@ class Drafting:
         Raises:
             ValueError: if a drafter of somebody's own returns more than its config says.
         """
-        self.state.within(columns + rows.in_cache_only)
         tree, n_lookup_tokens = self.drafted(rows), self.choice.n_lookup_tokens
         if n_lookup_tokens == 0:
             return tree

@@ -103,6 +103,7 @@ class StaticDecoder(SpeculativeDecoder):
             while self.goes_on():
                 self.drafting.choose()
                 view = min(_view(self.slots_in_use()), self.cache.slots.capacity)
+                self.drafting.state.within(view)
                 if self.keeps_storage:
                     torch.compiler.cudagraph_mark_step_begin()
                 try:

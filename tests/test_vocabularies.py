@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 from modeling_speculator import MLPSpeculatorPreTrainedModel
 from modeling_speculator.drafters import DRAFTERS, turned
 from modeling_speculator.measuring.acceptance import measure_acceptance
+from modeling_speculator.modeling_bound import BoundSpeculator
 from modeling_speculator.modeling_medusa import MedusaModel
-from modeling_speculator.modeling_residual import ResidualSpeculator  # whose heads are the base model's
 from modeling_speculator.trainers import DistillationTrainer, SpeculatorTrainer
 from modeling_speculator.vocabularies import beside
 
@@ -121,9 +121,7 @@ def test_compiled(other):
 
 
 @pytest.mark.parametrize("dials", [{}, {"n_tree_nodes": 9}])
-@pytest.mark.parametrize(
-    "model_class", [some for some in DRAFTERS.values() if not issubclass(some, ResidualSpeculator)]
-)
+@pytest.mark.parametrize("model_class", [some for some in DRAFTERS.values() if not issubclass(some, BoundSpeculator)])
 def test_what_the_base_model_lacks_is_not_drafted(shrunk, model_class, dials):
     """However probable it is; what comes next is drafted in its place."""
     drafter = speculator(model_class=model_class, **dials)
