@@ -1,5 +1,7 @@
 """The decoding loop with steps of fixed shapes, which are compiled: `cache_implementation="static"`."""
 
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -39,6 +41,9 @@ _LIMITS = 256, 4096  # of a function, of all functions
 # Of each model the last one, and no more: it holds a cache. A call takes it out, so that no other can.
 _workspaces: WeakKeyDictionary = WeakKeyDictionary()
 _compiled_functions: dict = {}
+# Of several threads one at a time compiles, or starts a compiled step: under load, torch 2.13 has let a step run
+# uncompiled beside another thread's compilation, and then raised an error.
+_compiling = threading.Lock()
 
 
 class StaticDecoder(SpeculativeDecoder):
@@ -106,9 +111,11 @@ class StaticDecoder(SpeculativeDecoder):
                 self.drafting.state.within(view)
                 if self.keeps_storage:
                     torch.compiler.cudagraph_mark_step_begin()
+                # The first step of some drafters is another one, and not worth a compilation.
+                run = step if self.drafting.state.is_ready else function
                 try:
-                    # The first step of some drafters is another one, and not worth a compilation.
-                    outcome = (step if self.drafting.state.is_ready else function)(self, view)
+                    with nullcontext() if run is function else _compiling:
+                        outcome = run(self, view)
                 except cant_be_compiled() as error:  # before anything has run
                     logger.warning(
                         f"The step can't be compiled for {type(self.model).__name__}, and runs uncompiled: {error}"
