@@ -7,6 +7,36 @@ from torch.nn import functional as F
 from .cells import starting_as
 
 
+class OwnAttention:
+    """What configs share whose drafters have an attention layer: `context_heads`, `emb_dim`, `rope_theta`, and for
+    some `feature_layers`."""
+
+    @property
+    def n_context_heads(self) -> int:
+        return self.context_heads or max(1, self.emb_dim // 64)
+
+    def check_attention(self, *sizes: str) -> None:
+        """Raises a ValueError where its sizes make no sense; those of some names must be integers of at least 0."""
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
+        if self.emb_dim % (2 * self.n_context_heads):
+            raise ValueError(
+                f"`emb_dim={self.emb_dim}` can't be split into {self.n_context_heads} heads of an even width: set "
+                "`context_heads`."
+            )
+        if not isinstance(self.rope_theta, int | float) or self.rope_theta <= 1:
+            raise ValueError(f"`rope_theta` must be a number above 1, but is {self.rope_theta!r}.")
+
+    def check_feature_layers(self) -> None:
+        """Raises a ValueError for `feature_layers` that name none; None becomes an empty list."""
+        layers = self.feature_layers = [] if self.feature_layers is None else self.feature_layers
+        wrong = not isinstance(layers, list | tuple) or any(type(at) is not int or at < 0 for at in layers)
+        if wrong or len(set(layers)) < len(layers):
+            raise ValueError(f"`feature_layers` must be a list of different integers from 0 on, but is {layers!r}.")
+
+
 class ContextLayer(nn.Module):
     """`c_t = h_t + Wout layer(W [norm(E[token_{t+1}]); norm(f_t)])`: one causal pre-norm decoder layer over pairs.
 

@@ -97,6 +97,8 @@ def _let_in(at: int, layer: nn.Module):
         guest = _current.guest
         if guest is None:
             return None
+        if len(args) > len(parameters):
+            raise ValueError(f"{type(module).__name__} takes {len(args)} arguments by position, which have no names.")
         inputs = dict(zip(parameters, args, strict=False)) | kwargs
         guest.enter(at, inputs)
         return (inputs.pop("hidden_states"),), inputs

@@ -3,15 +3,14 @@
 import torch
 from transformers import PreTrainedModel
 
-from .context_layer import ContextLayer
+from .context_layer import ContextLayer, OwnAttention
 from .context_state import ContextState
 from .drafter_state import Call
 from .families import check_feature_layers
-from .modeling_bound import BoundConfig
 from .modeling_residual import ResidualCell, ResidualConfig, ResidualSpeculator
 
 
-class ContextConfig(ResidualConfig):
+class ContextConfig(OwnAttention, ResidualConfig):
     """Shape and dials as of `ResidualConfig`.
 
     Args:
@@ -36,30 +35,8 @@ class ContextConfig(ResidualConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        check_layers(self, ("context_heads", "context_inner_dim"))
-
-    @property
-    def n_context_heads(self) -> int:
-        return self.context_heads or max(1, self.emb_dim // 64)
-
-
-def check_layers(config: BoundConfig, sizes: tuple[str, ...]) -> None:
-    """Raises a ValueError where a config's attention, or the layers whose features it reads, make no sense."""
-    for name in sizes:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
-    if config.emb_dim % (2 * config.n_context_heads):
-        raise ValueError(
-            f"`emb_dim={config.emb_dim}` can't be split into {config.n_context_heads} heads of an even width: set "
-            "`context_heads`."
-        )
-    layers = config.feature_layers = [] if config.feature_layers is None else config.feature_layers
-    wrong = not isinstance(layers, list | tuple) or any(type(at) is not int or at < 0 for at in layers)
-    if wrong or len(set(layers)) < len(layers):
-        raise ValueError(f"`feature_layers` must be a list of different integers from 0 on, but is {layers!r}.")
-    if not isinstance(config.rope_theta, int | float) or config.rope_theta <= 1:
-        raise ValueError(f"`rope_theta` must be a number above 1, but is {config.rope_theta!r}.")
+        self.check_attention("context_heads", "context_inner_dim")
+        self.check_feature_layers()
 
 
 class ContextCell(ResidualCell):

@@ -9,16 +9,16 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from .context_layer import OwnAttention
 from .context_vectors import mask_of_text
 from .drafter_state import Call
 from .eagle_layer import EagleLayer
 from .eagle_state import EagleState, SeenInText
 from .families import check_feature_layers
 from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
-from .modeling_context import check_layers
 
 
-class EagleConfig(BoundConfig):
+class EagleConfig(OwnAttention, BoundConfig):
     """Dials as of `BoundConfig`; `inner_dim` is the width of the layer's SwiGLU, 0 for twice `emb_dim`.
 
     Args:
@@ -45,15 +45,12 @@ class EagleConfig(BoundConfig):
         if self.tie_weights or self.scale_input:
             raise ValueError("EAGLE has one layer for all tokens: drop `tie_weights` and `scale_input`.")
         super().__post_init__(**kwargs)
-        check_layers(self, ("context_heads", "context_kv_heads"))
+        self.check_attention("context_heads", "context_kv_heads")
+        self.check_feature_layers()
         if self.n_context_heads % (self.context_kv_heads or 1):
             raise ValueError(
                 f"`context_kv_heads={self.context_kv_heads}` must divide the {self.n_context_heads} `context_heads`."
             )
-
-    @property
-    def n_context_heads(self) -> int:
-        return self.context_heads or max(1, self.emb_dim // 64)
 
 
 class EagleCell(BoundCell):

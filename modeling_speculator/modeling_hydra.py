@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .cells import starting_as
 from .configuration_mlp_speculator import MLPSpeculatorConfig
+from .context_layer import OwnAttention
 from .context_state import ContextState
 from .context_vectors import mask_of_text
 from .drafter_state import Call, DrafterState
@@ -16,7 +17,7 @@ from .eagle_layer import PrefixLayer
 from .modeling_bound import BoundSpeculator, ReadingCell
 
 
-class HydraConfig(MLPSpeculatorConfig):
+class HydraConfig(OwnAttention, MLPSpeculatorConfig):
     """Dials as of `MLPSpeculatorConfig`; heads are as wide as the base model.
 
     Args:
@@ -47,15 +48,7 @@ class HydraConfig(MLPSpeculatorConfig):
         super().__post_init__(**kwargs)
         if type(self.n_blocks) is not int or self.n_blocks < 1:
             raise ValueError(f"`n_blocks` must be an integer of at least 1, but is {self.n_blocks!r}.")
-        if self.emb_dim % (2 * self.n_context_heads):
-            raise ValueError(
-                f"`emb_dim={self.emb_dim}` can't be split into {self.n_context_heads} heads of an even width: set "
-                "`context_heads`."
-            )
-
-    @property
-    def n_context_heads(self) -> int:
-        return self.context_heads or max(1, self.emb_dim // 64)
+        self.check_attention("context_heads")
 
 
 class HydraBlock(nn.Module):

@@ -40,7 +40,7 @@ class StreamState(DrafterState):
         leaving, self.guest = self.guest.leaving, None
         last = verified.nodes.gather(1, verified.last).to(leaving.device)  # (batch, 1)
         width = len(self.streams) * leaving.shape[2]
-        of_nodes = leaving.view(len(leaving), -1, width)
+        of_nodes = leaving.reshape(len(leaving), -1, width)
         of_last = of_nodes.gather(1, last[:, :, None].expand(-1, -1, width))
         normed = self.norm(of_last.view(len(leaving), len(self.streams), -1))
         self.context_vector.copy_(normed.view(len(leaving), 1, width))
