@@ -2,9 +2,10 @@
 
 What the loop needs of one are `config` (with `model_type`, `vocab_size`, `emb_dim`, `n_predict`, `n_candidates`) and
 `generate_candidates`, but for `PromptLookup`, which has no heads. One that wants more than the last context vector
-says so by `reads_prompt` and `reads_text`, names the layers whose input it wants in `config.feature_layers`, and has a `start` that
-returns what it knows of a call (`drafter_state.py`) and a `with_context` that computes the same of a whole text. What
-is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the trainers need a `Cell`.
+says so by `reads_prompt` and `reads_text`, names the layers whose input it wants in `config.feature_layers`, and has a
+`start` that returns what it knows of a call (`drafter_state.py`) and a `with_context` that computes the same of a
+whole text. What is measured of it goes by all of `DIALS` and by a `forward` as the MLP speculator's; the trainers
+need a `Cell`.
 """
 
 from collections.abc import Iterator
