@@ -11,9 +11,16 @@ class OwnAttention:
     """What configs share whose drafters have an attention layer: `context_heads`, `emb_dim`, `rope_theta`, and for
     some `feature_layers`."""
 
+    context_head_dim = 0  # width of a head, where it isn't the layer's over the heads
+
     @property
     def n_context_heads(self) -> int:
-        return self.context_heads or max(1, self.emb_dim // 64)
+        return self.context_heads or max(1, self.context_width // 64)
+
+    @property
+    def context_width(self) -> int:
+        """Of the layer."""
+        return self.emb_dim
 
     def check_attention(self, *sizes: str) -> None:
         """Raises a ValueError where its sizes make no sense; those of some names must be integers of at least 0."""
@@ -21,20 +28,23 @@ class OwnAttention:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
-        if self.emb_dim % (2 * self.n_context_heads):
+        if self.context_head_dim % 2:
+            raise ValueError(f"`context_head_dim` must be even, but is {self.context_head_dim}.")
+        if not self.context_head_dim and self.context_width % (2 * self.n_context_heads):
             raise ValueError(
-                f"`emb_dim={self.emb_dim}` can't be split into {self.n_context_heads} heads of an even width: set "
-                "`context_heads`."
+                f"`emb_dim={self.context_width}` can't be split into {self.n_context_heads} heads of an even width: "
+                "set `context_heads`."
             )
         if not isinstance(self.rope_theta, int | float) or self.rope_theta <= 1:
             raise ValueError(f"`rope_theta` must be a number above 1, but is {self.rope_theta!r}.")
 
-    def check_feature_layers(self) -> None:
-        """Raises a ValueError for `feature_layers` that name none; None becomes an empty list."""
+    def check_feature_layers(self, may_repeat: bool = False) -> None:
+        """Raises a ValueError for `feature_layers` that name none, or one twice; None becomes an empty list."""
         layers = self.feature_layers = [] if self.feature_layers is None else self.feature_layers
         wrong = not isinstance(layers, list | tuple) or any(type(at) is not int or at < 0 for at in layers)
-        if wrong or len(set(layers)) < len(layers):
-            raise ValueError(f"`feature_layers` must be a list of different integers from 0 on, but is {layers!r}.")
+        if wrong or (len(set(layers)) < len(layers) and not may_repeat):
+            different = "" if may_repeat else "different "
+            raise ValueError(f"`feature_layers` must be a list of {different}integers from 0 on, but is {layers!r}.")
 
 
 class ContextLayer(nn.Module):
@@ -75,6 +85,11 @@ class ContextLayer(nn.Module):
         return self.proj_in.weight.dtype
 
     @property
+    def width(self) -> int:
+        """Of what it makes of a context vector."""
+        return self.proj_out.out_features
+
+    @property
     def key_shape(self) -> tuple[int, int]:
         """Heads of keys, and their width."""
         return self.heads, self.proj_in.out_features // self.heads
@@ -104,7 +119,8 @@ class ContextLayer(nn.Module):
         batch, n, width = stream.shape
         qkv = self.qkv(self.attention_norm(stream)).view(batch, n, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        return stream, *rotated(query, key, positions, self.rope_theta), value
+        speeds = rope_speeds(query.shape[-1], self.rope_theta, query.device)
+        return stream, *rotated(query, key, positions, speeds), value
 
     def attend(
         self,
@@ -127,14 +143,23 @@ class ContextLayer(nn.Module):
         return hidden_states.to(self.proj_out.weight.dtype) + self.proj_out(stream)
 
 
+def rope_speeds(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(head_dim / 2,), angles of a position in radians."""
+    half = head_dim // 2
+    return theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+
+
 def rotated(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, theta: float
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, speeds: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions (arXiv 2104.09864) in halves, as Llama has them: (batch, heads, n, head_dim) each."""
-    half = query.shape[-1] // 2
-    speeds = theta ** (-torch.arange(half, device=query.device, dtype=torch.float32) / half)
+    """Rotary positions (arXiv 2104.09864) in halves, as Llama has them: (batch, heads, n, head_dim) each.
+
+    Args:
+        speeds: (head_dim / 2,), angles of a position.
+        scale: of both (YaRN's, arXiv 2309.00071).
+    """
     angles = positions[:, None, :, None].float() * speeds
-    cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
+    cos, sin = (scale * angles.cos()).to(query.dtype), (scale * angles.sin()).to(query.dtype)
 
     def turn(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)

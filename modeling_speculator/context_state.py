@@ -1,6 +1,7 @@
 """The keys and values of a context layer in one call, and between two calls that share a cache."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,17 +42,17 @@ class ContextState(DrafterState):
 
     Args:
         layer: of the drafter.
-        ends: `BaseModelEnds` of the base model of the call.
+        embed: from tokens (...) to their embeddings (..., width).
         feature_layers: of the base model.
     """
 
     STATE = ("context_vector", "keys", "values", "known", "offsets", "columns", "rows", "along")
 
-    def __init__(self, layer: ContextLayer, ends, feature_layers: tuple[int, ...], call: Call):
-        self.layer, self.ends, self.feature_layers = layer, ends, feature_layers
+    def __init__(self, layer: ContextLayer, embed: Callable, feature_layers: tuple[int, ...], call: Call):
+        self.layer, self.embed, self.feature_layers = layer, embed, feature_layers
         dtype, device = layer.dtype, call.context_vector.device
-        batch, width = len(call.context_vector), call.context_vector.shape[-1]
-        self.context_vector = torch.zeros(batch, 1, width, dtype=dtype, device=device)
+        batch = len(call.context_vector)
+        self.context_vector = torch.zeros(batch, 1, layer.width, dtype=dtype, device=device)
         heads, head_dim = layer.key_shape
         shape = batch, heads, call.capacity, head_dim
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -99,7 +100,7 @@ class ContextState(DrafterState):
         features = torch.cat([caught(layer) for layer in self.feature_layers], -1) if self.feature_layers else None
         hidden_states = caught(None)
         positions = columns + self.offsets
-        stream, query, key, value = self.layer.read(hidden_states, self.ends.embed(tokens), features, positions)
+        stream, query, key, value = self.layer.read(hidden_states, self.embed(tokens), features, positions)
         for storage, new in ((self.keys, key), (self.values, value)):
             new = new.to(storage.dtype)  # under autocast it is of another
             if len(columns) == 1:

@@ -69,7 +69,7 @@ def recorded_states(model, feature_layers: Sequence[int] = ()) -> Iterator[dict[
     def record(at: int):
         return lambda module, args, kwargs: states[at].append(entering(args, kwargs))
 
-    before = [layers[at].register_forward_pre_hook(record(at), with_kwargs=True) for at in feature_layers]
+    before = [layers[at].register_forward_pre_hook(record(at), with_kwargs=True) for at in set(feature_layers)]
     try:
         yield states
     finally:
@@ -88,10 +88,10 @@ class Reading(NamedTuple):
     features: torch.Tensor | None
 
     @classmethod
-    def of(cls, states: dict[int | None, list[torch.Tensor]]) -> "Reading":
+    def of(cls, states: dict[int | None, list[torch.Tensor]], feature_layers: Sequence[int] = ()) -> "Reading":
         """Of the one forward that was recorded."""
         (hidden_states,) = states[None]
-        features = [states[at][0].to(hidden_states.device) for at in states if at is not None]
+        features = [states[at][0].to(hidden_states.device) for at in feature_layers]
         return cls(hidden_states, torch.cat(features, dim=-1) if features else None)
 
 
@@ -108,7 +108,7 @@ def read_text(model, text: torch.Tensor, attention_mask: torch.Tensor, feature_l
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     with recorded_states(model, feature_layers) as states:
         model.get_decoder()(input_ids=text, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    return Reading.of(states)
+    return Reading.of(states, feature_layers)
 
 
 def read_context_vectors(model, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

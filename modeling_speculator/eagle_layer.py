@@ -1,11 +1,46 @@
 """EAGLE's layer: a decoder layer over pairs of a feature and the token after it, whose output is the next feature."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .cells import starting_as
-from .context_layer import rotated
+from .context_layer import rope_speeds, rotated
+
+
+# Where published checkpoints have a norm that the papers' layer has not, or has elsewhere.
+EXTRA_NORMS = {
+    "fc": "over all that `fc` reads, at once",
+    "features": "over each layer's part of what `fc` reads",
+    "residual": "over what the attention is added to: that of what it reads",
+    "feedback": "over what is fed back: that of what the LM head reads",
+}
+
+
+@dataclass(frozen=True)
+class EagleShape:
+    """Sizes of an EAGLE layer.
+
+    Attributes:
+        width: of what it guesses.
+        heads, kv_heads, head_dim: of its attention.
+        inner_dim: of its SwiGLU.
+        features: numbers that `fc` reads of a token, hidden states of inner layers; 0 where it is context vectors.
+        n_features: layers that those are of.
+        eps: of its norms.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner_dim: int
+    features: int = 0
+    n_features: int = 0
+    eps: float = 1e-6
 
 
 class EagleLayer(nn.Module):
@@ -19,34 +54,65 @@ class EagleLayer(nn.Module):
     The names of the modules are those of EAGLE-3's published checkpoints.
 
     Args:
-        width: of features.
-        heads, kv_heads, head_dim: of its attention.
-        inner_dim: of its SwiGLU.
-        n_features: hidden states of inner layers of each token; 0 for none.
-        rope_theta: of the rotary positions.
+        rope_theta: of the rotary positions; None where `keep_rope_speeds` says which they are.
+        rope_scale: what their cosines and sines are multiplied by.
+        biased: "fc" and "qkv", those projections that have a bias.
+        norms: of `EXTRA_NORMS`.
     """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, head_dim: int, inner_dim: int, n_features: int, rope_theta: float
+        self,
+        shape: EagleShape,
+        rope_theta: float | None,
+        rope_scale: float = 1.0,
+        biased: Collection[str] = (),
+        norms: Collection[str] = (),
     ):
         super().__init__()
-        self.heads, self.key_shape, self.rope_theta = heads, (kv_heads, head_dim), rope_theta
-        self.is_fused = n_features > 0
+        self.width, self.heads, self.key_shape = shape.width, shape.heads, (shape.kv_heads, shape.head_dim)
+        self.rope_theta, self.rope_scale, self.norms = rope_theta, rope_scale, frozenset(norms)
+        if rope_theta is None:
+            self.register_buffer("rope_bits", torch.zeros(shape.head_dim // 2, dtype=torch.int32))
+        width, self.is_fused = shape.width, shape.features > 0
+        self.add_inputs(shape, "fc" in biased)
         read = 2 * width if self.is_fused else width
-        self.fc = nn.Linear((n_features or 2) * width, width, bias=not self.is_fused)
-        self.input_layernorm = _norm(width) if self.is_fused else None
-        self.hidden_norm = _norm(width) if self.is_fused else None
-        self.q_proj = _linear(read, heads * head_dim)
-        self.k_proj, self.v_proj = (_linear(read, kv_heads * head_dim) for _ in range(2))
-        self.o_proj = starting_as("zero", _linear(heads * head_dim, width))
-        self.post_attention_layernorm = _norm(width)
-        self.gate_proj, self.up_proj = _linear(width, inner_dim), _linear(width, inner_dim)
-        self.down_proj = starting_as("zero", _linear(inner_dim, width))
-        self.norm = _norm(width) if self.is_fused else nn.Identity()
+        self.q_proj = _linear(read, shape.heads * shape.head_dim, "qkv" in biased)
+        self.k_proj, self.v_proj = (_linear(read, shape.kv_heads * shape.head_dim, "qkv" in biased) for _ in range(2))
+        self.o_proj = starting_as("zero", _linear(shape.heads * shape.head_dim, width))
+        self.post_attention_layernorm = _norm(width, shape.eps)
+        self.gate_proj, self.up_proj = _linear(width, shape.inner_dim), _linear(width, shape.inner_dim)
+        self.down_proj = starting_as("zero", _linear(shape.inner_dim, width))
+        self.norm = _norm(width, shape.eps) if self.is_fused else nn.Identity()
+
+    def add_inputs(self, shape: EagleShape, is_biased: bool) -> None:
+        """What stands before the attention."""
+        width, eps = shape.width, shape.eps
+        self.fc = _linear(shape.features or 2 * width, width, is_biased)
+        self.input_norm = _norm(shape.features, eps) if "fc" in self.norms else None
+        self.fc_norm = None
+        if "features" in self.norms:
+            self.fc_norm = nn.ModuleList(
+                _norm(shape.features // shape.n_features, eps) for _ in range(shape.n_features)
+            )
+        self.input_layernorm, self.hidden_norm = (_norm(width, eps) if self.is_fused else None for _ in range(2))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.fc.weight.dtype
+        return self.q_proj.weight.dtype
+
+    def keep_rope_speeds(self, speeds: torch.Tensor) -> None:
+        """(head_dim / 2,), angles of a position: kept bit by bit, as a cast to another dtype would round them."""
+        self.rope_bits.copy_(speeds.float().view(torch.int32))
+
+    def fused(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, n, features) -> (batch, n, width)."""
+        features = features.to(self.dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
 
     def read(
         self, hidden_states: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor | None, positions: torch.Tensor
@@ -55,7 +121,7 @@ class EagleLayer(nn.Module):
         if (features is None) == self.is_fused:
             wanted = "needs" if features is None else "has no use for"
             raise ValueError(f"This EAGLE layer {wanted} `features`, hidden states of inner layers.")
-        return self.pair(self.fc(features.to(self.dtype)) if self.is_fused else hidden_states, tokens, positions)
+        return self.pair(self.fused(features) if self.is_fused else hidden_states, tokens, positions)
 
     def pair(
         self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
@@ -70,7 +136,9 @@ class EagleLayer(nn.Module):
         """
         features, tokens = features.to(self.dtype), tokens.to(self.dtype)
         if self.is_fused:
-            stream, read = features, torch.cat([self.input_layernorm(tokens), self.hidden_norm(features)], dim=-1)
+            normed = self.hidden_norm(features)
+            stream = normed if "residual" in self.norms else features
+            read = torch.cat([self.input_layernorm(tokens), normed], dim=-1)
         else:
             stream = read = self.fc(torch.cat([tokens, features], dim=-1))
         return stream, *self.project(read, positions)
@@ -83,7 +151,11 @@ class EagleLayer(nn.Module):
             return states.view(batch, n, -1, self.key_shape[1]).transpose(1, 2)
 
         query, key, value = (split(proj(read)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return *rotated(query, key, positions, self.rope_theta), value
+        if self.rope_theta is None:
+            speeds = self.rope_bits.view(torch.float32)
+        else:
+            speeds = rope_speeds(self.key_shape[1], self.rope_theta, query.device)
+        return *rotated(query, key, positions, speeds, self.rope_scale), value
 
     def attend(
         self,
@@ -123,19 +195,19 @@ class EagleLayer(nn.Module):
         """What follows the attention: (batch, heads, n, head_dim) -> (batch, n, width)."""
         stream = stream + self.o_proj(attended.transpose(1, 2).flatten(2))
         read = self.post_attention_layernorm(stream)
-        return stream + self.down_proj(F.silu(self.gate_proj(read)) * self.up_proj(read))
+        guess = stream + self.down_proj(F.silu(self.gate_proj(read)) * self.up_proj(read))
+        return self.norm(guess) if "feedback" in self.norms else guess
+
+    def scored(self, guess: torch.Tensor) -> torch.Tensor:
+        """What the LM head reads of what `finish` has returned."""
+        return guess if "feedback" in self.norms else self.norm(guess)
 
 
 class PrefixLayer(EagleLayer):
     """Hydra++'s (arXiv 2402.05109, section 4.3): a pre-norm decoder layer over context vectors alone."""
 
-    def __init__(self, width: int, heads: int, inner_dim: int, rope_theta: float):
-        super().__init__(width, heads, heads, width // heads, inner_dim, 0, rope_theta)
-        self.fc, self.input_layernorm = None, _norm(width)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.q_proj.weight.dtype
+    def add_inputs(self, shape: EagleShape, is_biased: bool) -> None:
+        self.input_layernorm = _norm(shape.width, shape.eps)
 
     def read(
         self, hidden_states: torch.Tensor, tokens: torch.Tensor, features: torch.Tensor | None, positions: torch.Tensor
@@ -144,12 +216,12 @@ class PrefixLayer(EagleLayer):
         return stream, *self.project(self.input_layernorm(stream), positions)
 
 
-def _linear(width_in: int, width_out: int) -> nn.Linear:
-    return nn.Linear(width_in, width_out, bias=False)
+def _linear(width_in: int, width_out: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(width_in, width_out, bias=bias)
 
 
-def _norm(width: int) -> nn.RMSNorm:
-    return nn.RMSNorm(width, eps=1e-6)
+def _norm(width: int, eps: float) -> nn.RMSNorm:
+    return nn.RMSNorm(width, eps=eps)
 
 
-__all__ = ["EagleLayer", "PrefixLayer"]
+__all__ = ["EXTRA_NORMS", "EagleLayer", "EagleShape", "PrefixLayer"]

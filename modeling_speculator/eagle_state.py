@@ -1,5 +1,6 @@
 """What the drafted pairs of EAGLE attend to: the true ones before them, in a call or along a text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +72,8 @@ class EagleState(ContextState):
 
     STATE = (*ContextState.STATE, "last_column")
 
-    def __init__(self, layer, ends, feature_layers: tuple[int, ...], call: Call):
-        super().__init__(layer, ends, feature_layers, call)
+    def __init__(self, layer, embed: Callable, feature_layers: tuple[int, ...], call: Call):
+        super().__init__(layer, embed, feature_layers, call)
         self.last_column = torch.zeros_like(self.rows)
         self.n_columns = call.capacity
 

@@ -31,6 +31,7 @@ from .checks import main_device
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .drafters import DRAFTERS
 from .modeling_prompt_lookup import PromptLookup
+from .published_drafters import find_published
 
 
 # Why a name that is no folder is no model of the Hub either: the first of these that caused the error.
@@ -58,15 +59,17 @@ def load_speculator_and_base(
         ValueError: where one of the two can't be found or is no such model, or the speculator does not say what it was
             trained for, or, downloaded, names a path.
     """
-    config = speculator_config(name, revision)
-    base_name = config.base_model_name_or_path
+    published = find_published(name, revision)
+    config = None if published else speculator_config(name, revision)
+    base_name = published.base_model_name if published else config.base_model_name_or_path
     if not base_name:
         raise ValueError(
             f"{name} does not say which base model it is for (`base_model_name_or_path`): load both apart."
         )
-    if not Path(name).is_dir() or hasattr(config, "auto_map"):  # downloaded, or a copy of what was pushed
+    if not Path(name).is_dir() or published or hasattr(config, "auto_map"):  # downloaded, or a copy of what was pushed
         check_is_hub_id(base_name, name)
-    base_model, tokenizer = load_base_model(base_name, dtype, device_map, config.base_model_revision)
+    base_revision = None if published else config.base_model_revision
+    base_model, tokenizer = load_base_model(base_name, dtype, device_map, base_revision)
     return load_speculator(name, base_model, revision), base_model, tokenizer
 
 
@@ -123,13 +126,16 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_speculator(name: str, base_model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:
-    """A speculator, in the base model's dtype, beside it.
+    """A speculator, in the base model's dtype, beside it: of this package, or as `published_drafters` knows it.
 
     Raises:
         ValueError: where there is no such speculator.
     """
-    speculator_config(name, revision)
-    speculator = _load_beside(base_model, AutoModel, name, revision)
+    if published := find_published(name, revision):
+        speculator = published.beside(base_model).to(main_device(base_model), base_model.dtype)
+    else:
+        speculator_config(name, revision)
+        speculator = _load_beside(base_model, AutoModel, name, revision)
     if isinstance(speculator.config, MLPSpeculatorConfig):  # and no drafter of somebody's own
         speculator.config.take_special_tokens(base_model.config)
     return speculator
@@ -146,7 +152,7 @@ def load_drafter(name: str, base_model: PreTrainedModel, revision: str | None = 
     Raises:
         ValueError: where there is neither by that name.
     """
-    if type(config_of(name, revision)) in DRAFTERS:
+    if find_published(name, revision) or type(config_of(name, revision)) in DRAFTERS:
         return load_speculator(name, base_model, revision)
     base_model_config(name, revision)
     return _load_beside(base_model, AutoModelForCausalLM, name, revision)

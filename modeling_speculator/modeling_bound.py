@@ -71,17 +71,25 @@ class BoundCell(Cell):
         self.register_buffer("sketch_rows", torch.zeros(BaseModelEnds.SKETCH[0], dtype=torch.long))
 
     def bound(self, base_model: PreTrainedModel) -> "BoundCell":
-        cell = copy.copy(self)  # the parameters are shared; nothing of the base model is kept in the module
-        cell.ends, ids = BaseModelEnds(base_model, self.vocab_size), getattr(self.config, "draft_vocabulary", None)
+        cell, ids = self.bound_to(base_model), getattr(self.config, "draft_vocabulary", None)
         cell.draft_rows = None if ids is None else cell.ends.draft_rows(ids)
         return cell
 
+    def bound_to(self, base_model: PreTrainedModel) -> "BoundCell":
+        """`bound`, but for the rows of the LM head."""
+        cell = copy.copy(self)  # the parameters are shared; nothing of the base model is kept in the module
+        cell.ends = BaseModelEnds(base_model, self.vocab_size)
+        return cell
+
     def check_base_model(self, base_model: PreTrainedModel) -> None:
-        ends = BaseModelEnds(base_model, self.vocab_size)
-        ends.check(self.sketch, self.sketch_rows)
+        BaseModelEnds(base_model, self.vocab_size).check(self.sketch, self.sketch_rows)
+        self.check_draft_vocabulary(base_model)
+
+    def check_draft_vocabulary(self, base_model: PreTrainedModel) -> None:
+        """Raises a ValueError where the rows of the LM head that score what is drafted can't be taken."""
         if getattr(self.config, "draft_vocabulary", None) is not None:
             self.config.check_draft_vocabulary()
-            ends.draft_rows(self.config.draft_vocabulary)
+            BaseModelEnds(base_model, self.vocab_size).draft_rows(self.config.draft_vocabulary)
 
     def start_from(self, base_model: PreTrainedModel) -> None:
         """Remembers by what its embeddings are recognised."""

@@ -57,7 +57,7 @@ class ContextCell(ResidualCell):
         check_feature_layers(base_model, self.feature_layers)
 
     def start(self, call: Call) -> ContextState:
-        return ContextState(self.context, self._ends(), self.feature_layers, call)
+        return ContextState(self.context, self._ends().embed, self.feature_layers, call)
 
     def with_context(
         self,

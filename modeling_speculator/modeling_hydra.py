@@ -13,7 +13,7 @@ from .context_layer import OwnAttention
 from .context_state import ContextState
 from .context_vectors import mask_of_text
 from .drafter_state import Call, DrafterState
-from .eagle_layer import PrefixLayer
+from .eagle_layer import EagleShape, PrefixLayer
 from .modeling_bound import BoundSpeculator, ReadingCell
 
 
@@ -80,11 +80,14 @@ class HydraCell(ReadingCell):
         self.head = self.lm_heads(config)
         self.prefix = None
         if config.prefix_layer:
-            self.prefix = PrefixLayer(width, config.n_context_heads, 2 * width, config.rope_theta)
+            n_heads = config.n_context_heads
+            self.prefix = PrefixLayer(
+                EagleShape(width, n_heads, n_heads, width // n_heads, 2 * width), config.rope_theta
+            )
         self.reads_text = self.reads_prompt = config.prefix_layer
 
     def start(self, call: Call) -> DrafterState:
-        return super().start(call) if self.prefix is None else ContextState(self.prefix, self._ends(), (), call)
+        return super().start(call) if self.prefix is None else ContextState(self.prefix, self._ends().embed, (), call)
 
     def with_context(
         self,

@@ -80,8 +80,8 @@ def test_bad_configs(llama):
         EagleConfig(**shape, context_heads=4, context_kv_heads=3)
     with pytest.raises(ValueError, match="drop `tie_weights`"):
         EagleConfig(**shape, tie_weights=True)
-    with pytest.raises(ValueError, match="`feature_layers` must be a list of different integers"):
-        EagleConfig(**shape, feature_layers=[1, 1])
+    with pytest.raises(ValueError, match="`feature_layers` must be a list of integers"):
+        EagleConfig(**shape, feature_layers=[-1])
     speculator = EagleSpeculator(EagleConfig(**shape, context_heads=2, feature_layers=[2]))
     with pytest.raises(ValueError, match="a layer that LlamaForCausalLM does not have"):
         llama.generate(**prompts(), assistant_model=speculator)

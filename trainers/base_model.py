@@ -35,7 +35,7 @@ def read(
     # The whole model is called, not its decoder: what gathers sharded weights hangs on it.
     with recorded_states(base_model, feature_layers) as states, torch.autocast(input_ids.device.type, enabled=False):
         base_model(input_ids=input_ids, use_cache=False, **options)
-    return Reading.of(states)
+    return Reading.of(states, feature_layers)
 
 
 @torch.no_grad()
