@@ -184,6 +184,11 @@ def speculator_config(name: str, revision: str | None = None) -> PreTrainedConfi
     Raises:
         ValueError: where there is no such model, or it is no speculator.
     """
+    if find_published(name, revision):
+        raise ValueError(
+            f"{name} is no speculator in this package's form, which is needed here: recipes/convert.py "
+            "--to modeling_speculator writes it so."
+        )
     config = config_of(name, revision)
     if type(config) not in DRAFTERS:
         raise ValueError(f"{name} is a model of type {config.model_type!r}, no speculator.")

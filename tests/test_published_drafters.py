@@ -1,12 +1,15 @@
 """Drafters in the forms of other programs: read, and drafting what their own equations say."""
 
 import json
+from functools import partial
+from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_conversation import tokens
-from tiny_models import VOCAB, prompts, tiny_model
+from tiny_models import VOCAB, character_tokenizer, prompts, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import (
@@ -22,6 +25,7 @@ from modeling_speculator.modeling_eagle import EagleSpeculator
 from modeling_speculator.published_drafters import find_published
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER, DRAFTED = 32, 4, 2, 10, 40, 24
 LLAMA3 = {
     "rope_type": "llama3",
@@ -353,3 +357,34 @@ def test_other_models_are_none(tmp_path):
     tiny_model("llama", one_layer_of_each_kind=True).save_pretrained(tmp_path / "llama")
     assert find_published(str(tmp_path / "llama")) is None
     assert find_published(str(tmp_path)) is None
+
+
+def test_converted_it_is_one_of_ours(base, tmp_path):
+    """And can be trained on, which it cannot as it was."""
+    base.save_pretrained(tmp_path / "base")
+    character_tokenizer().save_pretrained(tmp_path / "base")
+    eagle3_files(tmp_path / "eagle3", **VARIANTS["EAGLE-3.1"])
+    convert = partial(commands.run, RECIPES / "convert.py", "--speculator")
+    form = ("--to", "modeling_speculator", "--output", tmp_path / "ours")
+    done = convert(tmp_path / "eagle3", *form)
+    assert done.stderr.splitlines()[-1].endswith("does not say which base model it is for: give --base_model.")
+    done = convert(tmp_path / "eagle3", "--to", "arctic", "--output", tmp_path / "ours")
+    assert "is for what other programs publish" in done.stderr
+    done = convert(tmp_path / "eagle3", *form, "--base_model", tmp_path / "base")
+    assert done.returncode == 0, done.stderr
+    ours = AutoModel.from_pretrained(tmp_path / "ours").state_dict()
+    for key, weight in load_speculator(str(tmp_path / "eagle3"), base).state_dict().items():
+        assert torch.equal(ours[key], weight), key
+    done = convert(tmp_path / "ours", "--to", "modeling_speculator", "--output", tmp_path / "again")
+    assert done.returncode != 0
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "ab cd ef" * 20}) + "\n" for _ in range(40)))
+    train = partial(commands.run, RECIPES / "train_speculator.py", "--base_model", tmp_path / "base")
+    flags = ("--data_files", tmp_path / "texts.jsonl", "--validation_fraction", 0, "--sequence_length", 24)
+    flags += ("--max_steps", 2, "--per_device_train_batch_size", 2, "--report_to", "none")
+    done = train(*flags, "--speculator", tmp_path / "eagle3", "--output_dir", tmp_path / "trained")
+    assert "no speculator" in done.stderr and "--to modeling_speculator" in done.stderr
+    done = train(*flags, "--speculator", tmp_path / "ours", "--output_dir", tmp_path / "trained")
+    assert done.returncode == 0, done.stderr
+    trained = AutoModel.from_pretrained(tmp_path / "trained").state_dict()
+    assert not torch.equal(trained["speculator.own_head.weight"], ours["speculator.own_head.weight"])
+    assert torch.equal(trained["speculator.own_ids"], ours["speculator.own_ids"])
