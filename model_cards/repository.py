@@ -9,11 +9,13 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .. import hub_entry
 from ..drafters import DRAFTERS
 from ..formats import read_config
 from ..measuring.benchmarking import digest
+from ..stream_adapters import FOLDER as ADAPTER
 from .model_card import render_card
 from .provenance_file import FILE, WEIGHTS, is_about
 
@@ -57,12 +59,27 @@ def collect(
     contents: dict[str, bytes | Path] = weights | {f"{name}.json": _json(value) for name, value in known.items()}
     contents["README.md"] = card.encode()
     contents["config.json"] = _json(config.to_diff_dict() | {"auto_map": auto_map(speculator)})
-    contents |= code_files()
+    contents |= code_files() | adapter_files(folder, config)
     for path, content in contents.items():
         if isinstance(content, bytes) and _TOKEN.search(content.decode()):
             raise ValueError(f"{path} would hold what looks like a token of the Hub: look for it in {folder}.")
-    sent = {"config.json", FILE, *weights}
+    sent = {"config.json", FILE, *weights, *(Path(path).parts[0] for path in contents)}
     return contents, sorted(path.name for path in folder.iterdir() if path.name not in sent)
+
+
+def adapter_files(folder: Path, config) -> dict[str, bytes | Path]:
+    """Of streams that share one with the base model, in peft's format: {path in the repository: what it holds}."""
+    if not getattr(config, "shared_adapter", False):
+        return {}
+    of_peft = _read(folder / ADAPTER / ADAPTER_CONFIG_NAME)
+    if of_peft is None:
+        raise ValueError(f"{folder} lacks the adapter of its base model ({ADAPTER}/). Load it and save it again.")
+    named = {"base_model_name_or_path": config.base_model_name_or_path, "revision": config.base_model_revision}
+    weights = folder / ADAPTER / ADAPTER_SAFE_WEIGHTS_NAME
+    return {
+        f"{ADAPTER}/{ADAPTER_CONFIG_NAME}": _json(of_peft | named),
+        f"{ADAPTER}/{ADAPTER_SAFE_WEIGHTS_NAME}": weights,
+    }
 
 
 def check_folder(folder: Path):

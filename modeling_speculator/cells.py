@@ -47,6 +47,7 @@ class Cell(nn.Module):
     copied_per_place = 0  # numbers that `at_places` copies for each place
     drafts_after_prompt = True  # or from the second step of a call on
     feature_layers: tuple[int, ...] = ()  # layers of the base model, what enters which is read, too
+    main_states: torch.Tensor | None = None  # context vectors that its training changes, after `with_context`
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__()
@@ -83,6 +84,9 @@ class Cell(nn.Module):
 
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         """Raises a ValueError where the cell uses layers of the base model, and was trained beside another one."""
+
+    def check_generation(self, base_model: PreTrainedModel) -> None:
+        """Raises a ValueError where the base model of a call of `generate` is not as the cell needs it to draft."""
 
     def start(self, call: Call) -> DrafterState:
         """What is known of the tokens of a call of `generate`; its `context_vector` is what a draft starts from."""

@@ -85,6 +85,7 @@ def check_models(model, speculator) -> None:
     check_feature_layers(model, getattr(speculator.config, "feature_layers", None) or ())
     if isinstance(speculator, CandidateSelection):
         speculator.speculator.check_base_model(model)
+        speculator.speculator.check_generation(model)
     if not uses_sdpa(model) and attn_implementation(config) != "eager":
         raise ValueError(
             f"{name} runs with `attn_implementation={attn_implementation(config)!r}`, which takes no mask of a "

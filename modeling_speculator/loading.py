@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -32,6 +33,7 @@ from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .drafters import DRAFTERS
 from .modeling_prompt_lookup import PromptLookup
 from .published_drafters import find_published
+from .stream_adapters import FOLDER as ADAPTER
 
 
 # Why a name that is no folder is no model of the Hub either: the first of these that caused the error.
@@ -70,6 +72,10 @@ def load_speculator_and_base(
         check_is_hub_id(base_name, name)
     base_revision = None if published else config.base_model_revision
     base_model, tokenizer = load_base_model(base_name, dtype, device_map, base_revision)
+    if getattr(config, "shared_adapter", False):
+        folder = name if Path(name).is_dir() else snapshot_download(name, revision, allow_patterns=f"{ADAPTER}/*")
+        base_model.load_adapter(str(Path(folder) / ADAPTER))
+        base_model.eval()
     return load_speculator(name, base_model, revision), base_model, tokenizer
 
 
@@ -119,6 +125,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:  # transformers raises either, at some length
+        if (adapted := _adapted_by(name, revision)) is not None:  # whose tokenizer it is
+            return load_tokenizer(adapted)
         raise ValueError(
             f"{name} holds no tokenizer, or one that needs a package which is not here (sentencepiece, tiktoken). "
             "Save the base model's there: `tokenizer.save_pretrained(...)`."
@@ -214,16 +222,24 @@ def config_of(name: str, revision: str | None = None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except ValueError:
-        if find_adapter_config_file(name, revision=revision) is None:
-            raise
-        adapted = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+        adapted = _adapted_by(name, revision)
         if adapted is None:
-            raise ValueError(f"{name} is an adapter that does not say for which model.") from None
+            raise
         return config_of(adapted)
     except OSError as error:
         if folder.is_dir():
             raise
         raise ValueError(f"There is no folder {name!r} here, and {_why_not_on_the_hub(error)}.") from error
+
+
+def _adapted_by(name: str, revision: str | None) -> str | None:
+    """The model that an adapter is for; None of what is no adapter."""
+    if find_adapter_config_file(name, revision=revision) is None:
+        return None
+    adapted = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    if adapted is None:
+        raise ValueError(f"{name} is an adapter that does not say for which model.")
+    return adapted
 
 
 def _has_checkpoints(files: set[str]) -> bool:

@@ -2,7 +2,10 @@
 one each, while the model verifies the last ones."""
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,8 +17,9 @@ from .drafter_state import Call
 from .families import decoder_layers
 from .guests import guests_allowed, linear_layers
 from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
+from .stream_adapters import FOLDER, LoRA, key_of, path_of_layers, runs_with, save_as_peft
 from .stream_state import StreamState
-from .streams import Streams, key_of, read_streams
+from .streams import Streams, read_streams
 from .transformers_api import attn_implementation, is_checkpointing
 
 
@@ -28,6 +32,10 @@ class StreamingConfig(BoundConfig):
         stream_lora_alpha: they are multiplied by `stream_lora_alpha / stream_lora_rank`; 0 means twice the rank.
         n_base_layers: layers of the base model; set when a new speculator is made for one.
         adapted: the linear layers with an adapter, by their name in a layer: [inputs, outputs]; set then, too.
+        shared_adapter: whether the adapters act on the main stream, too, as in the paper: the base model is then
+            fine-tuned with the streams, and what it writes changes. It is passed with the adapter, which lies beside
+            the speculator in peft's format (`adapter/`).
+        layers_path: where the base model keeps its layers ("model.layers"); set then, too.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -43,6 +51,8 @@ class StreamingConfig(BoundConfig):
     stream_lora_alpha: int = 0
     n_base_layers: int = 0
     adapted: dict[str, list[int]] | None = None
+    shared_adapter: bool = False
+    layers_path: str | None = None
 
     def __post_init__(self, n_streams: int | None = None, **kwargs):
         self.n_predict = self.n_predict if n_streams is None else n_streams
@@ -61,6 +71,8 @@ class StreamingConfig(BoundConfig):
                 "model."
             )
         self.adapted = {} if self.adapted is None else self.adapted
+        if self.shared_adapter and not self.stream_lora_rank:
+            raise ValueError("`shared_adapter` needs an adapter to share: set `stream_lora_rank`.")
         super().__post_init__(**kwargs)
 
     def fit(self, base_model: PreTrainedModel) -> None:
@@ -84,30 +96,17 @@ class StreamingConfig(BoundConfig):
                 "layers: lower `n_stream_layers`, so that those which streams run through are alike."
             )
         self.adapted = {name: list(sizes) for name, sizes in found[0].items()} if self.stream_lora_rank else {}
+        self.layers_path = path_of_layers(base_model)
 
     @property
     def first_layer(self) -> int:
         """The first layer that streams run through."""
         return self.n_base_layers - self.n_stream_layers
 
-
-class LoRA(nn.Module):
-    """`scale * B A x`, with the names that peft gives its weights; B starts at zero."""
-
-    def __init__(self, n_in: int, n_out: int, rank: int, scale: float):
-        super().__init__()
-        self.lora_A, self.lora_B = nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=False)
-        self.scale = scale
-
-    def start(self) -> None:
-        """As peft does: A by Kaiming, B at zero."""
-        init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        init.zeros_(self.lora_B.weight)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., n_in) -> (..., n_out)."""
-        weight = self.lora_A.weight
-        return self.scale * self.lora_B(self.lora_A(inputs.to(weight.device, weight.dtype)))
+    @property
+    def stream_lora_scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return (self.stream_lora_alpha or 2 * self.stream_lora_rank) / max(1, self.stream_lora_rank)
 
 
 class StreamingCell(BoundCell):
@@ -116,7 +115,9 @@ class StreamingCell(BoundCell):
 
     Attributes:
         embeddings: P, (n_predict, emb_dim).
-        adapters: by layer, counted from the first one of the streams, and by name in it.
+        adapters: by layer, counted from the first one of the streams, and by name in it. Where the base model runs
+            with a shared adapter, they are only what that is recognised by.
+        main_states: (batch, n, emb_dim), context vectors after `with_context` in a training that changes them.
     """
 
     reads_tokens = False
@@ -127,14 +128,14 @@ class StreamingCell(BoundCell):
         super().__init__(config)
         self.embeddings = nn.Parameter(torch.zeros(config.n_predict, config.emb_dim))
         self.adapters = nn.ModuleList()
+        self.runs_with_them, self.main_states = False, None  # but in what `bound` returns
         self._add_adapters()
 
     def _add_adapters(self) -> None:
         config = self.config
-        scale = (config.stream_lora_alpha or 2 * config.stream_lora_rank) / max(1, config.stream_lora_rank)
         for _ in range(config.n_stream_layers if config.adapted else 0):
-            sizes = config.adapted.items()
-            of_layer = {key_of(name): LoRA(*size, config.stream_lora_rank, scale) for name, size in sizes}
+            adapter = partial(LoRA, rank=config.stream_lora_rank, scale=config.stream_lora_scale)
+            of_layer = {key_of(name): adapter(*sizes) for name, sizes in config.adapted.items()}
             self.adapters.append(nn.ModuleDict(of_layer))
 
     @property
@@ -144,7 +145,32 @@ class StreamingCell(BoundCell):
 
     @property
     def streams(self) -> Streams:
-        return Streams(self.embeddings, self.config.first_layer, self.adapters, tuple(self.config.adapted))
+        first, shared = self.config.first_layer, self.config.shared_adapter
+        if self.runs_with_them:
+            return Streams(self.embeddings, first, (), ())
+        return Streams(self.embeddings, first, self.adapters, tuple(self.config.adapted), adapt_main=shared)
+
+    def bound(self, base_model: PreTrainedModel) -> "StreamingCell":
+        cell = super().bound(base_model)
+        cell.runs_with_them = self.config.shared_adapter and self._lacking(base_model) is None
+        return cell
+
+    def _lacking(self, base_model: PreTrainedModel) -> str | None:
+        """A linear layer of the base model that does not run with its adapter here; None where all do."""
+        layers = decoder_layers(base_model)[self.config.first_layer :]
+        for layer, adapters in zip(layers, self.adapters, strict=False):
+            for name in self.config.adapted:
+                if not runs_with(layer.get_submodule(name), adapters[key_of(name)]):
+                    return name
+        return None
+
+    def check_generation(self, base_model: PreTrainedModel) -> None:
+        if self.config.shared_adapter and (name := self._lacking(base_model)):
+            raise ValueError(
+                f"These streams share an adapter with the base model, but {name} of {type(base_model).__name__} runs "
+                f"without it, or with another one. Pass the model with the adapter that lies beside the speculator "
+                f"({FOLDER}/), as `AutoModelForCausalLM.from_pretrained` loads it, and leave it on."
+            )
 
     def fit(self, base_model: PreTrainedModel) -> None:
         if not self.config.n_base_layers:
@@ -206,7 +232,9 @@ class StreamingCell(BoundCell):
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(batch, n, n_predict * emb_dim); `features` are what enters the first layer of the streams."""
-        return read_streams(self._ends().base_model, self.streams, features, segments)
+        leaving, main = read_streams(self._ends().base_model, self.streams, features, segments)
+        self.main_states = main if self.streams.adapt_main else None
+        return leaving
 
 
 class StreamingSpeculator(BoundSpeculator):
@@ -223,6 +251,22 @@ class StreamingSpeculator(BoundSpeculator):
             init.zeros_(module.embeddings)
         if not isinstance(module, nn.Linear):
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """`PreTrainedModel.save_pretrained`; a shared adapter is also written in peft's format, beside it."""
+        if is_main_process and self.config.adapted and self.config.shared_adapter:
+            weights = self.state_dict() if state_dict is None else state_dict
+            self._save_adapter(Path(save_directory) / FOLDER, weights)
+        return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+
+    def _save_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        config, named = self.config, {}
+        for at in range(config.n_stream_layers):
+            for name in config.adapted:
+                for part in ("lora_A", "lora_B"):
+                    weight = weights[f"speculator.adapters.{at}.{key_of(name)}.{part}.weight"]
+                    named[f"{config.layers_path}.{config.first_layer + at}.{name}", part] = weight
+        save_as_peft(folder, named, config.stream_lora_scale, config.base_model_name_or_path)
 
 
 __all__ = ["StreamingCell", "StreamingConfig", "StreamingSpeculator"]

@@ -6,7 +6,7 @@ Its rotary position is its place's (arXiv 2402.11131, section 3.1).
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from .context_vectors import mask_of_text
 from .families import attention_windows
 from .guests import Guest, guests_allowed, received
+from .stream_adapters import key_of
 from .transformers_api import CACHE
 
 
@@ -26,11 +27,6 @@ from .transformers_api import CACHE
 LEAST_ROWS, KEPT_BYTES = 256, 2**32
 _VALUES_KEPT = 32  # in a layer for each row, in hidden sizes
 Masks = torch.Tensor | dict[str, torch.Tensor]  # as a decoder takes them: one, or one for each type of layer
-
-
-def key_of(name: str) -> str:
-    """The name of a linear layer as that of a module: without dots."""
-    return name.replace(".", "-")
 
 
 @dataclass
@@ -42,12 +38,14 @@ class Streams:
         first_layer: of the base model, that they run through.
         adapters: by layer from that one on, and by `key_of` the name of a linear layer, what is added to its output.
         names: of the linear layers with an adapter, the same in each layer.
+        adapt_main: whether the adapters act on the main stream, too, along a text.
     """
 
     embeddings: torch.Tensor
     first_layer: int
     adapters: Sequence[nn.ModuleDict]
     names: Sequence[str]
+    adapt_main: bool = False
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -185,17 +183,18 @@ class _Nothing(DynamicLayer):
 
 def read_streams(
     base_model, streams: Streams, states: torch.Tensor, segments: torch.Tensor | None = None
-) -> torch.Tensor:
-    """What comes out of the streams of all places of a text, after the base model's final norm.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes out of the streams of all places of a text, after the base model's final norm, and of the main one.
 
-    The main stream runs through the upper layers first, without a gradient; then the streams of some places at a time.
+    The main stream runs through the upper layers first, without a gradient unless it has adapters, too; then the
+    streams of some places at a time.
 
     Args:
         states: (batch, n, hidden_size), what enters the streams' first layer.
         segments: (batch, n), a number for each document, and for padding; None where each row is one text.
 
     Returns:
-        (batch, n, streams * hidden_size), those of a place one after the other.
+        (batch, n, streams * hidden_size), those of a place one after the other; and (batch, n, hidden_size).
     """
     config = base_model.config.get_text_config(decoder=True)
     states = states.to(base_model.dtype)
@@ -235,8 +234,9 @@ def read_streams(
         leaving = through_upper_layers(guest, here.repeat_interleave(len(streams))[None], masks)
         return leaving.view(batch, len(here), -1)
 
-    with torch.no_grad():
-        through_upper_layers(_UpperLayers(first, states), places[None], main)
+    adapting = streams if streams.adapt_main else None
+    with nullcontext() if streams.adapt_main else torch.no_grad():
+        main_states = through_upper_layers(_UpperLayers(first, states, adapting), places[None], main)
     rows = max(LEAST_ROWS, n * len(streams) // 8)  # the shorter a part, the less it sees that comes after it
     kept_of_row = batch * (config.num_hidden_layers - first) * _VALUES_KEPT * width * states.element_size()
     is_large = n * len(streams) * kept_of_row > KEPT_BYTES
@@ -249,7 +249,7 @@ def read_streams(
             leaving.append(checkpoint(of_places, part, end, use_reentrant=False))
         else:
             leaving.append(of_places(part, end))
-    return torch.cat(leaving, dim=1)
+    return torch.cat(leaving, dim=1), main_states
 
 
 _freezing = threading.Lock()

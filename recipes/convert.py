@@ -5,8 +5,9 @@ python recipes/convert.py --speculator Snowflake/Arctic-LSTM-Speculator-Llama-3.
     --output outputs/converted
 
 mlp_speculator: the published form, in safetensors. This package knows it, and so do vLLM up to 0.9.2 and TGI, but for
-gated ones. arctic: that of Arctic Inference, which serves either in vLLM. modeling_speculator: this package's form, of what others publish: EAGLE, EAGLE-3 and Medusa heads. (They draft here as they are; to train them on, or to push
-them to the Hub, they must be in that form.)
+gated ones. arctic: that of Arctic Inference, which serves either in vLLM. modeling_speculator: this package's form, of
+what others publish: EAGLE, EAGLE-3 and Medusa heads. (They draft here as they are; to train them on, or to push them
+to the Hub, they must be in that form.)
 """
 
 from pathlib import Path

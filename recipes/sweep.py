@@ -23,6 +23,7 @@ from modeling_speculator.command_line import flags_of, last_lines, positive, run
 from modeling_speculator.loading import load_base_model
 from modeling_speculator.measuring import benchmarking, evaluation
 from modeling_speculator.precision import PRECISIONS, keep_precision
+from modeling_speculator.stream_adapters import FOLDER as ADAPTER
 from modeling_speculator.trainers import DataArguments, load_texts, pack
 from modeling_speculator.trainers.continuations import ContinuationSampler
 
@@ -69,7 +70,8 @@ def main() -> None:
         parser.error(f"{args.variants} has no {sorted(unknown)}, only {list(args.sweep['variants'])}")
     args.precision = keep_precision(args.output_dir, args.precision)
     print(f"Each training's output is in the log.txt beside it, below {args.output_dir}.", flush=True)
-    base_model, texts = held_out_texts(args)
+    base_model, prompts = held_out_prompts(args)
+    texts = written_after(prompts, base_model)
     runs = [(name, seed) for seed in args.seeds or args.sweep["seeds"] for name in names]
     # The texts of stage 2 are written once, by the training that needs most of them.
     train(args, *max(runs, key=lambda run: steps_of(args, run[0])[1]))
@@ -77,7 +79,7 @@ def main() -> None:
         trained = {run: pool.submit(train, args, *run) for run in runs}
         try:
             rows = [
-                {"variant": run[0], "seed": run[1]} | measure(trained[run].result(), base_model, texts)
+                {"variant": run[0], "seed": run[1]} | measure(trained[run].result(), base_model, prompts, texts)
                 for run in tqdm(runs, desc="speculators", unit="speculator")
             ]
         finally:  # where one fails, or is interrupted, those that wait are not begun
@@ -149,27 +151,34 @@ def run(stage: int, flags: dict) -> None:
         )
 
 
-def held_out_texts(args) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The base model, and held-out prompts with what it writes after them, greedily where that does not loop, and
-    sampled: (texts, PROMPT_LENGTH + NEW_TOKENS) token ids."""
+def held_out_prompts(args) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The base model, and held-out prompts: (PROMPTS, PROMPT_LENGTH) token ids."""
     base_model, tokenizer = load_base_model(str(args.base_model), "float32", "cpu")
     texts = load_texts(DataArguments(data_files=[str(args.corpus / "held_out.jsonl")]))
     rows = pack(texts, tokenizer, PROMPT_LENGTH, separate_documents=False)
-    prompts = torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
+    return base_model, torch.tensor([rows[at * len(rows) // PROMPTS]["input_ids"] for at in range(PROMPTS)])
+
+
+def written_after(prompts: torch.Tensor, base_model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Prompts with what a model writes after them, greedily where that does not loop, and sampled: (texts,
+    PROMPT_LENGTH + NEW_TOKENS) token ids."""
     greedy, sampled = (
         ContinuationSampler(base_model, NEW_TOKENS, temperature).write(prompts, seed=0)
         for temperature in tqdm((0.0, 1.0), desc="texts to measure on", unit="text a prompt", leave=False)
     )
     labels = ContinuationSampler(base_model, NEW_TOKENS).labels(greedy[:, PROMPT_LENGTH:])
     varied = torch.tensor([not evaluation.loops([t for t in row if t != -100]) for row in labels.tolist()])
-    return base_model, {"greedy": greedy[varied], "sampled": sampled}
+    return {"greedy": greedy[varied], "sampled": sampled}
 
 
-def measure(folder: Path, base_model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict:
+def measure(folder: Path, base_model: PreTrainedModel, prompts: torch.Tensor, texts: dict[str, torch.Tensor]) -> dict:
     """Tokens per step of a trained speculator, its size, and the losses of its trainings: {stage: [[step, loss]]}."""
     stages = sorted(folder.glob("stage*"))
     speculator = AutoModel.from_pretrained(stages[-1])
     row = {"n_predict": speculator.config.n_predict, "parameters": speculator.num_parameters(), "losses": {}}
+    if getattr(speculator.config, "shared_adapter", False):  # on what the adapted model writes
+        base_model, _ = load_base_model(str(stages[-1] / ADAPTER), "float32", "cpu")
+        texts = written_after(prompts, base_model)
     drafter, cell = speculator.beside(base_model), speculator.speculator
     for name, whole in texts.items():
         layers = cell.feature_layers if cell.reads_text else None

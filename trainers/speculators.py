@@ -33,6 +33,7 @@ _OF_A_NEW_ONE = (
     "prefix_layer",
     "n_stream_layers",
     "stream_lora_rank",
+    "shared_adapter",
     "tie_weights",
     "scale_input",
 )

@@ -72,6 +72,11 @@ class ModelArguments:
     stream_lora_rank: int | None = option(
         None, "RANK", "likewise: of the adapters that act on streams alone, 0 for none (default: 8)"
     )
+    shared_adapter: bool | None = option(
+        None,
+        "true|false",
+        "likewise: they act on the main stream, too: the base model's text changes (default: false)",
+    )
     tie_weights: bool | None = option(None, "true|false", "share the weights among the heads (default: false)")
     scale_input: bool | None = option(None, "true|false", "normalise the context vector (default: false)")
     tie_to_base_model: bool = option(
