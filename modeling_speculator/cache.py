@@ -22,12 +22,14 @@ class Slots:
 
     capacity: slots per row.
     nodes: (batch, nodes), the slot of each node of this step; None during the prefill.
+    kept: (batch, n), the nodes of this step that these are; None where they are all.
     rows: (batch, 1), the index of each row.
     in_use: slots that this step's attention looks at.
     """
 
     capacity: int
     nodes: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     in_use: int = 0
 
@@ -223,7 +225,7 @@ class SpeculativeCache(Cache):
         """
         nodes = tree.depths.shape[1]
         slots = self.slots.nodes = self.free[:, :nodes]
-        self.slots.in_use = in_use
+        self.slots.kept, self.slots.in_use = None, in_use
         masks = dict.fromkeys(self.windows)
         if not self.dense:
             attends = (self.columns[:, :in_use] >= 0)[:, None].repeat(1, nodes, 1)
@@ -236,6 +238,11 @@ class SpeculativeCache(Cache):
                     allowed = attends & (columns[:, None] > column[:, :, None] - window)
                 masks[kind] = torch.where(allowed, self.attend, self.ignore)[:, None]
         return masks[None] if None in masks else masks
+
+    def leave_out_but(self, kept: torch.Tensor) -> None:
+        """In the layers that come next in this step's forward there are only some nodes (batch, n) in ascending order,
+        which are then numbered by their place in it."""
+        self.slots.kept, self.slots.nodes = kept, self.slots.nodes.gather(1, kept)
 
     def keep(self, nodes: torch.Tensor, n_kept: torch.Tensor, root_column: torch.Tensor) -> None:
         """Keeps the first `n_kept` (batch,) of `nodes` (batch, max_depth + 1), a path, and frees all other nodes.
@@ -252,6 +259,8 @@ class SpeculativeCache(Cache):
         nodes = nodes.gather(1, along)
         slots = self.slots.nodes.gather(1, nodes)
         kept = n_kept[:, None] > 0
+        if self.slots.kept is not None:
+            nodes = self.slots.kept.gather(1, nodes)  # as they were numbered before
         self.columns.scatter_(1, slots, torch.where(kept, root_column + along, -1))
         self.free.scatter_(1, nodes, torch.where(kept, self.frontier + along, slots))
         self.frontier.add_(n_kept[:, None])

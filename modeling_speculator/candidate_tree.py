@@ -150,6 +150,26 @@ class CandidateTree:
             max_depth=self.max_depth,
         )
 
+    def only(self, kept: torch.Tensor) -> "CandidateTree":
+        """The tree of some nodes (batch, n) in ascending order: the root, and others with all their ancestors.
+
+        What is kept of the padding must come last.
+        """
+        columns = kept[:, None].expand(-1, kept.shape[1], -1)
+        ancestors = self.ancestors.gather(1, kept[:, :, None].expand(-1, -1, self.ancestors.shape[2]))
+        number = torch.zeros_like(self.parents).scatter(
+            1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        )
+        depths = self.depths.gather(1, kept)
+        return CandidateTree(
+            input_ids=self.input_ids.gather(1, kept),
+            parents=number.gather(1, self.parents.gather(1, kept)),
+            depths=depths,
+            ancestors=ancestors.gather(2, columns),
+            n_nodes=1 + (depths > 0).sum(1),
+            max_depth=self.max_depth,
+        )
+
     def rows(self, rows: slice) -> "CandidateTree":
         """The trees of some rows of the batch."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -47,7 +47,9 @@ class Cell(nn.Module):
     copied_per_place = 0  # numbers that `at_places` copies for each place
     drafts_after_prompt = True  # or from the second step of a call on
     feature_layers: tuple[int, ...] = ()  # layers of the base model, what enters which is read, too
-    main_states: torch.Tensor | None = None  # context vectors that its training changes, after `with_context`
+    # After `with_context`: further states (batch, n, emb_dim) that are trained to say which token was drawn, such as
+    # the base model's own where its training changes them.
+    next_token_states: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, config: MLPSpeculatorConfig):
         super().__init__()

@@ -36,6 +36,11 @@ class SpeculativeDecoder:
     def __init__(self, model, speculator, request: Request):
         self.model, self.request, self.device = model, request, main_device(model)
         self.drafting = Drafting(model, speculator, request.is_adaptive)
+        if request.returns("hidden_states") and self.drafting.most_verified < self.drafting.max_nodes:
+            raise ValueError(
+                "Nodes that are pruned have no hidden states in the upper layers: leave out `output_hidden_states`, "
+                "or set `speculator.config.n_kept_nodes = None`."
+            )
         self.progress = Progress(*request.input_ids.shape, request.streamer)
         self.trace = Trace() if request.traces_speculation else None
         self.hidden_states = []  # if they are to be returned
@@ -94,7 +99,7 @@ class SpeculativeDecoder:
             self.drafting.choose()
             tree = self.draft_next()
             self.read(self.report(tree))
-            self.record(choice, n_nodes)
+            self.record(choice, [min(n, self.drafting.most_verified) for n in n_nodes])
 
     def draft_next(self) -> CandidateTree:
         columns = self.longest_possible()
@@ -112,17 +117,22 @@ class SpeculativeDecoder:
             return self.bare_root
         return self.drafting.tree(self.rows, columns)
 
-    def step(self, tree: CandidateTree, in_use: int) -> None:
-        """Verifies a tree, emits what is accepted, and keeps its keys and values."""
+    def step(self, tree: CandidateTree, in_use: int) -> CandidateTree:
+        """Verifies a tree, emits what is accepted, and keeps its keys and values; the tree that was verified."""
         root_column = self.rows.root_column
-        outputs = self.verify(tree, root_column, in_use)
-        self.accept(tree, root_column, outputs)
+        tree, logits, outputs = self.verify(tree, root_column, in_use)
+        self.accept(tree, root_column, logits, outputs)
+        return tree
 
     def verify(self, tree: CandidateTree, root_column: torch.Tensor, in_use: int):
-        """One forward of the base model over all nodes, each attending to its sequence and its ancestors."""
+        """One forward of the base model over all nodes, each attending to its sequence and its ancestors.
+
+        Returns:
+            The tree that was verified, the logits of its nodes, and what the forward has returned.
+        """
         masks = self.cache.prepare_step(tree, root_column, in_use)
-        with self.drafting.state.beside_nodes(masks, self.cache):
-            return self.model(
+        with self.drafting.state.beside_nodes(tree, masks, self.cache):
+            outputs = self.model(
                 input_ids=tree.input_ids,
                 attention_mask=masks,
                 position_ids=self.rows.positions(tree.depths),
@@ -132,14 +142,15 @@ class SpeculativeDecoder:
                 **self.rows.types_of(tree.input_ids),
                 **({"output_hidden_states": True} if self.request.returns("hidden_states") else {}),
             )
+        return *self.drafting.state.verified(tree, outputs.logits), outputs
 
-    def accept(self, tree: CandidateTree, root_column: torch.Tensor, outputs) -> None:
+    def accept(self, tree: CandidateTree, root_column: torch.Tensor, logits: torch.Tensor, outputs) -> None:
         """Emits the accepted tokens, keeps their keys and values, and frees the slots of the others."""
-        kept = self.emit(tree, outputs.logits)
+        kept = self.emit(tree, logits)
         self.drafting.state.extend(self.verified, self.cache, root_column)
         self.cache.keep(self.verified.nodes, kept, root_column)
         if self.trace is not None:
-            self.trace.record(tree, outputs.logits, self.verified)
+            self.trace.record(tree, logits, self.verified)
         if self.request.returns("hidden_states"):
             nodes = self.verified.nodes  # (batch, depth + 1)
             self.hidden_states.append(tuple(at_nodes(layer, nodes) for layer in outputs.hidden_states))

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache
 
 from .cache import SpeculativeCache
+from .candidate_tree import CandidateTree
 from .verification import Verified
 
 
@@ -62,13 +63,17 @@ class DrafterState:
     context_vector: torch.Tensor | None = None
     is_ready = True
 
-    def beside_nodes(self, masks, cache: SpeculativeCache) -> AbstractContextManager:
+    def beside_nodes(self, tree: CandidateTree, masks, cache: SpeculativeCache) -> AbstractContextManager:
         """Surrounds a step's forward: for a drafter that adds to it.
 
         Args:
             masks: of the nodes, as the base model is given them (`SpeculativeCache.prepare_step`).
         """
         return nullcontext()
+
+    def verified(self, tree: CandidateTree, logits: torch.Tensor) -> tuple[CandidateTree, torch.Tensor]:
+        """After it: the tree that was verified, and the logits of its nodes. A drafter may have left nodes out."""
+        return tree, logits
 
     def within(self, columns: int) -> None:
         """No row of the cache has more columns when the next tree is drafted."""

@@ -21,6 +21,7 @@ class Drafting:
         choice: how much is drafted for the next tree.
         depth: the most tokens of a path.
         max_nodes: the most nodes of a tree, its root included.
+        most_verified: the most of them that the base model verifies.
         reads_prompt: whether the drafter wants to know the tokens before the first.
         guest_slots: of each layer of the base model in which it has rows of its own, slots for these.
         feature_layers: layers of the base model, the input of which it wants to know.
@@ -37,6 +38,7 @@ class Drafting:
         self.depth = longest_draft(config)
         self.most_drafted = max_nodes(config)  # by the drafter itself, the root included
         self.max_nodes = self.most_drafted + self.choice.n_lookup_tokens
+        self.most_verified = getattr(config, "n_kept_nodes", None) or self.max_nodes
         self.is_on = self.choice.n_candidates > 0
         self.reads_prompt = self.is_on and getattr(self.speculator, "reads_prompt", False)
         n_slots = getattr(self.speculator, "guest_slots", lambda max_nodes: {})

@@ -14,12 +14,13 @@ from transformers import initialization as init
 
 from .attention import uses_sdpa
 from .drafter_state import Call
-from .families import decoder_layers
+from .families import decoder_layers, final_norm
 from .guests import guests_allowed, linear_layers
 from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
 from .stream_adapters import FOLDER, LoRA, key_of, path_of_layers, runs_with, save_as_peft
 from .stream_state import StreamState
-from .streams import Streams, read_streams
+from .streams import Streams, frozen, read_streams
+from .streams_of_nodes import EarlyExit, Pruning
 from .transformers_api import attn_implementation, is_checkpointing
 
 
@@ -35,6 +36,9 @@ class StreamingConfig(BoundConfig):
         shared_adapter: whether the adapters act on the main stream, too, as in the paper: the base model is then
             fine-tuned with the streams, and what it writes changes. It is passed with the adapter, which lies beside
             the speculator in peft's format (`adapter/`).
+        exit_rank: of the head that guesses from the states below the streams which nodes can be left out; 0: none.
+        n_kept_nodes: if set, the nodes of a tree that the upper layers see, its root included: the others are pruned
+            before the streams start. A dial, read at each call; only trees are pruned that have more.
         layers_path: where the base model keeps its layers ("model.layers"); set then, too.
 
     Raises:
@@ -52,6 +56,8 @@ class StreamingConfig(BoundConfig):
     n_base_layers: int = 0
     adapted: dict[str, list[int]] | None = None
     shared_adapter: bool = False
+    exit_rank: int = 0
+    n_kept_nodes: int | None = None
     layers_path: str | None = None
 
     def __post_init__(self, n_streams: int | None = None, **kwargs):
@@ -61,7 +67,7 @@ class StreamingConfig(BoundConfig):
                 "Streams are as wide as the base model, and have no heads to share: drop `inner_dim`, `tie_weights` "
                 "and `scale_input`."
             )
-        for name in ("n_stream_layers", "stream_lora_rank", "stream_lora_alpha", "n_base_layers"):
+        for name in ("n_stream_layers", "stream_lora_rank", "stream_lora_alpha", "n_base_layers", "exit_rank"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
@@ -74,6 +80,15 @@ class StreamingConfig(BoundConfig):
         if self.shared_adapter and not self.stream_lora_rank:
             raise ValueError("`shared_adapter` needs an adapter to share: set `stream_lora_rank`.")
         super().__post_init__(**kwargs)
+
+    def check_dials(self, *dials, **named_dials) -> None:
+        super().check_dials(*dials, **named_dials)
+        n_kept = self.n_kept_nodes
+        if n_kept is not None and (type(n_kept) is not int or n_kept < 1 or not self.exit_rank):
+            raise ValueError(
+                f"`n_kept_nodes` must be None, or an integer of at least 1 beside a trained `exit_rank`, but is "
+                f"{n_kept!r} (`exit_rank={self.exit_rank}`)."
+            )
 
     def fit(self, base_model: PreTrainedModel) -> None:
         """Takes over what a new speculator has to know of its base model.
@@ -117,7 +132,7 @@ class StreamingCell(BoundCell):
         embeddings: P, (n_predict, emb_dim).
         adapters: by layer, counted from the first one of the streams, and by name in it. Where the base model runs
             with a shared adapter, they are only what that is recognised by.
-        main_states: (batch, n, emb_dim), context vectors after `with_context` in a training that changes them.
+        exit: guesses below the streams' first layer; None without pruning.
     """
 
     reads_tokens = False
@@ -128,7 +143,8 @@ class StreamingCell(BoundCell):
         super().__init__(config)
         self.embeddings = nn.Parameter(torch.zeros(config.n_predict, config.emb_dim))
         self.adapters = nn.ModuleList()
-        self.runs_with_them, self.main_states = False, None  # but in what `bound` returns
+        self.runs_with_them, self.next_token_states = False, ()  # but in what `bound` returns
+        self.exit = EarlyExit(config.emb_dim, config.exit_rank) if config.exit_rank else None
         self._add_adapters()
 
     def _add_adapters(self) -> None:
@@ -215,10 +231,13 @@ class StreamingCell(BoundCell):
         return super().features(state[..., : self.inner_dim])
 
     def start(self, call: Call) -> StreamState:
-        return StreamState(self.streams, self._ends().base_model, call)
+        base_model, n_kept = self._ends().base_model, self.config.n_kept_nodes
+        return StreamState(
+            self.streams, base_model, call, None if n_kept is None else Pruning(self.exit, n_kept, base_model)
+        )
 
     def guest_slots(self, max_nodes: int) -> dict[int, int]:
-        n_slots = max_nodes * self.config.n_predict
+        n_slots = min(max_nodes, self.config.n_kept_nodes or max_nodes) * self.config.n_predict
         return dict.fromkeys(range(self.config.first_layer, self.config.n_base_layers), n_slots)
 
     def guests_allowed(self) -> AbstractContextManager:
@@ -232,8 +251,12 @@ class StreamingCell(BoundCell):
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(batch, n, n_predict * emb_dim); `features` are what enters the first layer of the streams."""
-        leaving, main = read_streams(self._ends().base_model, self.streams, features, segments)
-        self.main_states = main if self.streams.adapt_main else None
+        base_model = self._ends().base_model
+        leaving, main = read_streams(base_model, self.streams, features, segments)
+        self.next_token_states = (main,) if self.streams.adapt_main else ()
+        if self.exit is not None:
+            with frozen(base_model):
+                self.next_token_states += (final_norm(base_model)(self.exit(features.to(base_model.dtype))),)
         return leaving
 
 
@@ -249,6 +272,9 @@ class StreamingSpeculator(BoundSpeculator):
             module.start()
         elif isinstance(module, StreamingCell):
             init.zeros_(module.embeddings)
+        elif isinstance(module, EarlyExit):
+            init.kaiming_uniform_(module.A.weight, a=math.sqrt(5))
+            init.zeros_(module.B.weight)
         if not isinstance(module, nn.Linear):
             super()._init_weights(module)
 

@@ -123,8 +123,8 @@ class StaticDecoder(SpeculativeDecoder):
                     step = function
                     outcome = step(self, view)
                 if not self.is_self_contained:
-                    tree, root_column, outputs = outcome
-                    self.accept(tree, root_column, outputs)
+                    tree, root_column, logits, outputs = outcome
+                    self.accept(tree, root_column, logits, outputs)
                     outcome = self.report(tree)
                 self.read(outcome)
                 self.record(self.drafting.choice, self.progress.n_nodes)
@@ -153,16 +153,14 @@ class StaticDecoder(SpeculativeDecoder):
 
 def _step(decoder: StaticDecoder, view: int) -> torch.Tensor:
     """Draft, verify, accept, keep: a function of the decoder's tensors, which returns what the host wants to know."""
-    tree = decoder.draft(view)
-    decoder.step(tree, view)
-    return decoder.report(tree)
+    return decoder.report(decoder.step(decoder.draft(view), view))
 
 
-def _propose(decoder: StaticDecoder, view: int) -> tuple[CandidateTree, torch.Tensor, object]:
+def _propose(decoder: StaticDecoder, view: int) -> tuple[CandidateTree, torch.Tensor, torch.Tensor, object]:
     """Draft and verify."""
-    tree = decoder.draft(view)
     root_column = decoder.rows.root_column
-    return tree, root_column, decoder.verify(tree, root_column, view)
+    tree, logits, outputs = decoder.verify(decoder.draft(view), root_column, view)
+    return tree, root_column, logits, outputs
 
 
 def _compiled(function, config: CompileConfig):

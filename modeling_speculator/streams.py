@@ -1,4 +1,4 @@
-"""Streams in the upper layers of a base model: beside the nodes of a step, and along a text at all places at once.
+"""Streams in the upper layers of a base model: what they are, and along a text at all places at once.
 
 Stream j of a place attends to what its place attends to and to the streams <= j of that; no other place attends to it.
 Its rotary position is its place's (arXiv 2402.11131, section 3.1).
@@ -7,7 +7,7 @@ Its rotary position is its place's (arXiv 2402.11131, section 3.1).
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,66 +74,6 @@ class Streams:
         return (rows // len(self) == others // len(self)) & (others <= rows)
 
 
-@dataclass
-class StreamsOfNodes(Guest):
-    """A step's forward over nodes, each with its streams after them all.
-
-    Attributes:
-        kinds: of all layers, which of the masks they take.
-        masks: of the nodes, additive: (batch, 1, nodes, slots).
-        guest_slots: of the cache, before those of the masks.
-        leaving: (batch, nodes * streams, hidden_size), what came out of the last layer.
-    """
-
-    streams: Streams
-    kinds: Sequence[str | None]
-    masks: Masks
-    guest_slots: int
-    leaving: torch.Tensor | None = None
-    n_nodes: int = 0
-    repeated: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        masks = self.masks if isinstance(self.masks, dict) else {None: self.masks}
-        self.n_nodes = next(iter(masks.values())).shape[2]
-        self.masks = {kind: self._with_streams(mask) for kind, mask in masks.items()}
-
-    def _with_streams(self, mask: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, nodes, slots) -> (batch, 1, nodes * (1 + streams), guest_slots + slots)."""
-        lowest = torch.finfo(mask.dtype).min
-        own = self.streams.own_mask(self.n_nodes, self.guest_slots, mask.device)
-        own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(~own, lowest)
-        left = torch.cat([own.new_full((self.n_nodes, self.guest_slots), lowest), own])
-        right = torch.cat([mask, mask.repeat_interleave(len(self.streams), dim=2)], dim=2)
-        return torch.cat([left.expand(len(mask), 1, -1, -1), right], dim=3)
-
-    def enter(self, layer: int, inputs: dict) -> None:
-        if layer < self.streams.first_layer:
-            return
-        states, kind = inputs["hidden_states"], self.kinds[layer]
-        if layer == self.streams.first_layer:
-            states = inputs["hidden_states"] = torch.cat([states, self.streams.starting_at(states)], dim=1)
-        inputs["attention_mask"] = self.masks[kind].to(states.device)
-        for name in ("position_ids", "position_embeddings"):
-            if inputs.get(name) is not None:
-                if (name, kind) not in self.repeated:
-                    self.repeated[name, kind] = _of_rows(inputs[name], self._repeat)
-                inputs[name] = self.repeated[name, kind]
-
-    def _repeat(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values, values.repeat_interleave(len(self.streams), dim=1)], dim=1)
-
-    def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        if not self.streams.adapts(layer, name):
-            return outputs
-        nodes, streams = outputs[:, : self.n_nodes], outputs[:, self.n_nodes :]
-        return torch.cat([nodes, self.streams.adapt(layer, name, inputs[:, self.n_nodes :], streams)], dim=1)
-
-    def leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self.leaving = hidden_states[:, self.n_nodes :]
-        return hidden_states[:, : self.n_nodes]
-
-
 # Along a text
 
 
@@ -153,7 +93,7 @@ class _UpperLayers(Guest):
             inputs["attention_mask"] = inputs["attention_mask"][:, :, :1, :1]
             for name in ("position_ids", "position_embeddings"):
                 if inputs.get(name) is not None:
-                    inputs[name] = _of_rows(inputs[name], lambda values: values[:, :1])
+                    inputs[name] = changed(inputs[name], lambda values: values[:, :1])
 
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         if self.streams is None or not self.streams.adapts(layer, name):
@@ -209,7 +149,7 @@ def read_streams(
         with (
             guests_allowed(base_model, streams.adapted),
             received(guest),
-            _frozen(base_model),
+            frozen(base_model),
             torch.autocast(states.device.type, enabled=False),
         ):
             outputs = base_model.get_decoder()(
@@ -257,7 +197,7 @@ _frozen_now: WeakKeyDictionary = WeakKeyDictionary()  # by base model: how many 
 
 
 @contextmanager
-def _frozen(base_model) -> Iterator[None]:
+def frozen(base_model) -> Iterator[None]:
     """The base model is not ours to train: its weights get no gradient from what runs meanwhile."""
     if not torch.is_grad_enabled():
         yield
@@ -283,9 +223,9 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _of_rows(values, change):
+def changed(values, change):
     """Positions of all rows (batch, rows, ...), or a tuple of such, changed."""
     return tuple(map(change, values)) if isinstance(values, tuple) else change(values)
 
 
-__all__ = ["Streams", "StreamsOfNodes", "read_streams"]
+__all__ = ["Streams", "changed", "frozen", "read_streams"]

@@ -43,11 +43,13 @@ def test_what_is_trained_is_what_peft_runs(family, tmp_path):
     plain, with_it = read(model), read(adapted.base_model.model)
     in_training, in_use = speculator.beside(model), speculator.beside(adapted.base_model.model)
     starts = in_training.with_context(plain.hidden_states, text, plain.features)
-    torch.testing.assert_close(in_training.speculator.main_states, with_it.hidden_states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        in_training.speculator.next_token_states[0], with_it.hidden_states, rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(plain.hidden_states, with_it.hidden_states, atol=1e-2)
     others = in_use.with_context(with_it.hidden_states, text, with_it.features)
     torch.testing.assert_close(starts, others, rtol=1e-4, atol=1e-4)
-    assert in_use.speculator.main_states is None
+    assert in_use.speculator.next_token_states == ()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_bigcode"])
@@ -101,7 +103,7 @@ def test_the_loss_of_the_main_stream(llama):
     out = forward(objective=objective, features=reading.features[:, :10])
     cell = speculator.beside(llama).speculator
     cell.with_context(reading.hidden_states[:, :10], text[:, 1:11], reading.features[:, :10])
-    logits = llama.get_output_embeddings()(cell.main_states)
+    logits = llama.get_output_embeddings()(cell.next_token_states[0])
     targets = text[:, 1:11].masked_fill(labels[:, :10] == -100, -100)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     torch.testing.assert_close(out.loss, expected + 0.1 * out.losses.sum())

@@ -127,8 +127,8 @@ def test_beside_an_adapted_base_model():
 
 def test_no_gradient_of_the_base_model_in_any_thread(llama):
     """Each of two readings that overlap wants the weights frozen; the first to end does not thaw them."""
-    with streams._frozen(llama):
-        with streams._frozen(llama):
+    with streams.frozen(llama):
+        with streams.frozen(llama):
             assert not any(weight.requires_grad for weight in llama.parameters())
         assert not any(weight.requires_grad for weight in llama.parameters())
     assert all(weight.requires_grad for weight in llama.parameters())

@@ -121,23 +121,23 @@ class Objective:
         divisor = divisor.clamp(min=torch.finfo(torch.float32).tiny)
         losses = torch.stack(sums) / divisor
         loss = sum(weight * loss for weight, loss in zip(self.head_weights, losses.unbind(), strict=True))
-        if speculator.main_states is not None:
-            loss = loss + self._main_loss(speculator, input_ids[:, :n], labels[:, :n]) / divisor[0]
+        for states in speculator.next_token_states:
+            summed = self._next_token_loss(speculator, states[:, -n:], input_ids[:, :n], labels[:, :n])
+            loss = loss + summed / divisor[0]
         row_losses, correct, correct_top_k, _ = torch.stack(observed).sum(2).unbind(-1)  # (n_predict, batch)
         return ObjectiveOutput(loss, losses, row_losses.T, correct.T, correct_top_k.T, counted)
 
-    def _main_loss(self, speculator: Cell, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The summed cross-entropy of the base model itself, where a training changes it: where head 0 counts, of the
-        token before that one's target."""
-        n = input_ids.shape[1]
+    def _next_token_loss(
+        self, speculator: Cell, states: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The summed cross-entropy of the tokens drawn from states, where head 0 counts, which guesses those after."""
         targets = input_ids.masked_fill(labels == -100, -100).flatten()
 
         def score(logits: torch.Tensor, at: slice) -> tuple[torch.Tensor, torch.Tensor]:
             losses = F.cross_entropy(logits, targets[at], reduction="none", ignore_index=-100)
             return losses.sum(), losses.detach()[:, None]
 
-        states = speculator.main_states[:, -n:].flatten(0, 1)
-        return chunked_linear(speculator.lm_head(0), states, score, self.chunk_elements)[0]
+        return chunked_linear(speculator.lm_head(0), states.flatten(0, 1), score, self.chunk_elements)[0]
 
     @torch.no_grad()
     def _choices(self, next_states: torch.Tensor, base_logits) -> torch.Tensor:

@@ -34,6 +34,7 @@ _OF_A_NEW_ONE = (
     "n_stream_layers",
     "stream_lora_rank",
     "shared_adapter",
+    "exit_rank",
     "tie_weights",
     "scale_input",
 )

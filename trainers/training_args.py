@@ -72,6 +72,9 @@ class ModelArguments:
     stream_lora_rank: int | None = option(
         None, "RANK", "likewise: of the adapters that act on streams alone, 0 for none (default: 8)"
     )
+    exit_rank: int | None = option(
+        None, "RANK", "likewise: of a head that can prune trees below the streams (default: 0, none)"
+    )
     shared_adapter: bool | None = option(
         None,
         "true|false",
