@@ -2,6 +2,7 @@
 
 from .configuration_mlp_speculator import MLPSpeculatorConfig
 from .drafters import DRAFTERS, register_drafter
+from .families import register_family
 from .generation import install_generation_hook, remove_generation_hook
 from .loading import load_speculator_and_base
 from .modeling_medusa import MedusaConfig, MedusaModel
@@ -24,5 +25,6 @@ __all__ = [
     "install_generation_hook",
     "load_speculator_and_base",
     "register_drafter",
+    "register_family",
     "remove_generation_hook",
 ]

@@ -279,6 +279,8 @@ class SpeculativeCache(Cache):
         slots = slots[:, :length]
         empty_cache(cache)
         for index, layer in enumerate(self.layers):
+            if not layer.is_initialized:  # it attends to keys of another one
+                continue
             rows, ordered = self.slots.rows.to(layer.keys.device), slots.to(layer.keys.device) + layer.guest_slots
             keys, values = layer.keys[rows, :, ordered], layer.values[rows, :, ordered]
             if release:

@@ -13,24 +13,15 @@ from transformers.utils import logging
 from .attention import uses_sdpa
 from .candidates import CandidateSelection
 from .configuration_mlp_speculator import DIALS, MLPSpeculatorConfig
-from .families import (
-    EMBEDDED_TOKEN_TYPES,
-    LEARNED_POSITIONS,
-    MULTIMODAL,
-    SUPPORTED_MODEL_TYPES,
-    attention_windows,
-    check_feature_layers,
-)
+from .families import FAMILIES, attention_windows, check_family, check_feature_layers, family_of
 from .lookup import check_n_lookup_tokens
 from .tokenwise import check_tokenwise
-from .transformers_api import CACHE, attn_implementation, execution_device, is_checkpointing, is_stateful
+from .transformers_api import CACHE, attn_implementation, execution_device, is_checkpointing
 from .vocabularies import MOST_DIFFERENT_IDS
 
 
 logger = logging.get_logger(__name__)
 
-# Families whose config does not say that they have ALiBi positions.
-_ALIBI = ("bloom", "mpt")
 # What may reach the forward of the base model besides the tokens.
 _KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -52,21 +43,7 @@ def check_models(model, speculator) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder; speculators draft for decoder-only models. Drop `assistant_model`."
         )
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        reason = ""
-        if is_stateful(model):
-            reason = ": it has a recurrent state, from which a rejected token can't be taken back"
-        elif config.model_type in _ALIBI or getattr(config, "alibi", False):
-            reason = ": it has ALiBi positions, which go by the order of keys in the cache"
-        raise ValueError(
-            f"Speculation is not supported for {name} (model type {config.model_type!r}){reason}. It is for "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Generate without `assistant_model`."
-        )
-    if model.config.model_type not in (config.model_type, *MULTIMODAL):
-        raise ValueError(
-            f"Speculation is not supported for {name} (model type {model.config.model_type!r}), a model around one "
-            f"that is, only for {', '.join(MULTIMODAL)}. Generate without `assistant_model`."
-        )
+    check_family(model)
     for rope_type in {"dynamic", "longrope"} & rope_types(config):
         raise ValueError(
             f"{name} has `rope_type={rope_type!r}`, whose angles depend on the longest position in a forward, drafted "
@@ -191,7 +168,7 @@ def check_request(model, request) -> None:
     """Raises a ValueError for what only shows once `generate` has prepared its inputs; nothing has run by then."""
     model_kwargs = request.model_kwargs
     config = model.config.get_text_config(decoder=True)
-    adds_types = {"token_type_ids"} if config.model_type in EMBEDDED_TOKEN_TYPES else set()
+    adds_types = {"token_type_ids"} if family_of(config).embeds_token_types else set()
     _refuse(
         f"the model input `{key}`" + (" with values other than 0, as images have" if key in _TOKEN_TYPES else "")
         for key in sorted(model_kwargs.keys() - _KNOWN_MODEL_KWARGS - adds_types)
@@ -261,7 +238,8 @@ def check_cache(cache: Cache, request) -> None:
 def check_positions(model, n_tokens: int) -> None:
     """Raises a ValueError where a model with a table of positions is to read more tokens than it holds."""
     config = model.config.get_text_config(decoder=True)
-    if config.model_type in LEARNED_POSITIONS and n_tokens > config.max_position_embeddings:
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.has_position_table and n_tokens > config.max_position_embeddings:
         raise ValueError(
             f"{n_tokens} tokens are more than the {config.max_position_embeddings} positions that the base model "
             "learned. Shorten the text, or lower `max_new_tokens` (training: `sequence_length`, `generation_length`)."

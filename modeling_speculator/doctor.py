@@ -11,21 +11,18 @@ import platform
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import transformers_api
-from .attention import tree_attention
-from .cache import SpeculativeCache
-from .candidate_tree import CandidateTree
 from .checks import check_models, main_device
 from .command_line import parser_of
-from .families import attention_windows
+from .families import FAMILIES, obstacle, register_family
+from .family_proof import ROUNDING, compare_tree, trials
 from .loading import load_base_model, load_drafter
 from .measuring.benchmarking import machine
 from .measuring.oracle import Oracle
@@ -33,15 +30,12 @@ from .measuring.parsers import add_loading
 from .measuring.prompts import pad_left
 from .measuring.quality import compare_greedy
 from .precision import faster_of, measure_products
-from .transformers_api import CACHE, attn_implementation, cache_of
+from .transformers_api import attn_implementation
 
 
 PACKAGES = ("modeling-speculator", "torch", "transformers", "accelerate", "peft", "huggingface-hub", "datasets")
 TEXTS = ("Once upon a time, there was", "def quicksort(numbers):", "1, 2, 3, 4, 5, 6,", "Dear Sir or Madam,")
 NEW_TOKENS = 64
-# Of the largest logit: where plain decoding prefers its own token by less than that, rounding may decide. Coarse
-# rounding is torchao's int8 with a scale a token: stories260K, with logits up to 16, parted at margins of up to 0.23.
-ROUNDING = 0.02
 
 
 def main() -> None:
@@ -128,22 +122,6 @@ def _name(dtype: torch.dtype) -> str:
 # A base model
 
 
-@dataclass(frozen=True)
-class TreeReport:
-    """How a tree's logits differ from those that plain decoding has for each path.
-
-    difference, largest: the largest difference of a logit, and the largest logit.
-    nodes, other_choices: how many were compared, and at how many another token is the most probable.
-    margin: by how much plain decoding prefers its own there, at most.
-    """
-
-    difference: float
-    largest: float
-    nodes: int
-    other_choices: int
-    margin: float
-
-
 def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculator=None) -> bool:
     """Whether speculation gives this model's own text, as it is loaded; prints what was compared.
 
@@ -153,6 +131,8 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     config = model.config.get_text_config(decoder=True)
     how = f"{_name(model.dtype)}, {attn_implementation(config)} attention, on {main_device(model)}"
     print(f"\n{type(model).__name__} ({config.model_type}), {how}")
+    if config.model_type not in FAMILIES and obstacle(model) is None and not prove_and_register(model):
+        return False
     prompts = [encode(text, tokenizer, config.vocab_size) for text in TEXTS]
     input_ids, mask = (part.to(main_device(model)) for part in pad_left(prompts))
     options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
@@ -189,60 +169,24 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     return True
 
 
+def prove_and_register(model: PreTrainedModel) -> bool:
+    """Whether a base model of an unknown type can be served; prints the line with which it is, or what differs."""
+    config = model.config.get_text_config(decoder=True)
+    print(f"  The model type {config.model_type!r} is not known. Its layers, tried on a tree after random tokens:")
+    for trial in trials(model):
+        print(f"    masks {trial.masks!r}: {trial.said}")
+        if trial.is_right:
+            register_family(config.model_type, trial.masks)
+            print("  It is served with this line, before `generate`:")
+            print(f"    modeling_speculator.register_family({config.model_type!r}, {trial.masks!r})")
+            return True
+    print("  None of these is what plain decoding computes: it can't be served.")
+    return False
+
+
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
     """Token ids that the model has; one at least."""
     return [min(token, vocab_size - 1) for token in tokenizer(text)["input_ids"]] or [0]
-
-
-@torch.no_grad()
-def compare_tree(model: PreTrainedModel, prompt: torch.Tensor, n_candidates: int = 5, depth: int = 3) -> TreeReport:
-    """Verifies a random tree after a prompt (1, length), and decodes each of its paths plainly."""
-    config, length, device = model.config.get_text_config(decoder=True), prompt.shape[1], prompt.device
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randint(config.vocab_size, (1, 1), generator=generator).to(device)
-    candidates = torch.randint(config.vocab_size, (1, n_candidates, depth), generator=generator)
-    candidates[0, :, 0] = torch.randperm(config.vocab_size, generator=generator)[:n_candidates]  # none share a prefix
-    candidates = candidates.to(device)
-    max_nodes = 1 + n_candidates * depth
-    tree = CandidateTree.merge(root, candidates, max_nodes)
-
-    past = SpeculativeCache(config.num_hidden_layers, length + max_nodes, attention_windows(config))
-    model(input_ids=prompt, use_cache=True, **{CACHE: past})
-    past.start_steps(torch.ones_like(prompt), max_nodes)
-    with tree_attention(model):
-        mask = past.prepare_step(tree, torch.full((1, 1), length, device=device), length + max_nodes)
-        positions = length + tree.depths
-        logits = model(input_ids=tree.input_ids, attention_mask=mask, position_ids=positions, **{CACHE: past}).logits[
-            0
-        ]
-
-    differences, sizes, margins, nodes = [], [], [], 0
-    for number, candidate in enumerate(candidates[0]):
-        # Nodes are numbered level by level.
-        path = [0, *(1 + number + level * n_candidates for level in range(depth))]
-        plain = decode_path(model, prompt, torch.cat([root[0], candidate]))
-        drafted = logits[path].float()
-        choice, best = drafted.argmax(-1), plain.max(-1)
-        differences.append((drafted - plain).abs().max())
-        sizes.append(plain.abs().max())
-        margins.append(best.values - plain.gather(1, choice[:, None])[:, 0])
-        nodes += len(path)
-    margins = torch.cat(margins)
-    return TreeReport(
-        float(max(differences)), float(max(sizes)), nodes, int((margins > 0).sum()), float(margins.max())
-    )
-
-
-def decode_path(model: PreTrainedModel, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits after each of some tokens (n,), run one by one as `generate` does: (n, vocab), float32."""
-    past = DynamicCache(config=model.config.get_text_config(decoder=True))
-    past = cache_of(model(input_ids=prompt, use_cache=True, **{CACHE: past}))
-    logits = []
-    for token in tokens:
-        outputs = model(input_ids=token.view(1, 1), use_cache=True, **{CACHE: past})
-        past = cache_of(outputs)
-        logits.append(outputs.logits[0, -1].float())
-    return torch.stack(logits)
 
 
 if __name__ == "__main__":

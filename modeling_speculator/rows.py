@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from .families import EMBEDDED_TOKEN_TYPES
+from .families import family_of
 from .lookup import readable_tokens
 from .request import Request
 from .verification import Verified
@@ -58,8 +58,8 @@ class Rows:
         self.lengths = torch.full((batch, 1), length, device=device)
         self.budget = torch.full((batch,), request.budget, device=device)
         self.root = self.sequences.new_zeros(batch, 1)
-        model_type = config.get_text_config(decoder=True).model_type
-        adds_types = model_type in EMBEDDED_TOKEN_TYPES and request.last_token_types is not None
+        text = config.get_text_config(decoder=True)
+        adds_types = request.last_token_types is not None and family_of(text).embeds_token_types
         self.token_types = request.last_token_types.to(device) if adds_types else None
         self.along = torch.arange(depth + 1, device=device)
         self.from_length = request.last_positions.to(device) - length  # of a text to its last token's position

@@ -81,7 +81,7 @@ class StaticDecoder(SpeculativeDecoder):
     def settle(self) -> None:
         if not self.keeps_storage:
             return
-        for layer in self.cache.layers:
+        for layer in filter(lambda layer: layer.is_initialized, self.cache.layers):
             mark_static_address(layer.keys)
             mark_static_address(layer.values)
         state = self.drafting.state

@@ -8,7 +8,9 @@ from tiny_models import VOCAB, character_tokenizer, tiny_model
 from transformers import GenerationMixin
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, doctor
-from modeling_speculator.doctor import compare_tree, examine
+from modeling_speculator.doctor import examine
+from modeling_speculator.families import FAMILIES
+from modeling_speculator.family_proof import compare_tree
 
 
 TOKENIZER = character_tokenizer(eos_token="z")
@@ -35,9 +37,9 @@ def test_with_a_speculator(llama, capsys):
     assert is_well and "with the speculator's drafts" in out
 
 
-def hooked(what):
+def hooked(what, model=None):
     """A model whose decoder does something to what it returns."""
-    model = tiny_model("llama")
+    model = tiny_model("llama") if model is None else model
 
     def hook(module, args, output):
         output.last_hidden_state = what(output.last_hidden_state)
@@ -115,3 +117,28 @@ def test_a_model_that_speculation_refuses(monkeypatch, capsys, tmp_path):
 def test_a_folder_that_is_not_there(monkeypatch, capsys, tmp_path):
     status, out = run(monkeypatch, capsys, "--base_model", tmp_path / "nothing")
     assert status == 1 and "nothing" in out
+
+
+UNKNOWN = {"llama": "one", "mistral": "window", "qwen3": "layer types", "gpt2": "one", "olmo3": "layer types"}
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_a_family_that_is_not_in_the_table(family, capsys, monkeypatch):
+    """Its line is found, whatever window it has, and it is served with that."""
+    model = tiny_model(family)
+    monkeypatch.delitem(FAMILIES, family)
+    if getattr(model.config, "sliding_window", None):
+        model.config.sliding_window = 4096
+    is_well, out = examined(model, capsys)
+    assert is_well and f"modeling_speculator.register_family({family!r}, {UNKNOWN[family]!r})" in out
+    assert "the same with a speculator: 4 of 4" in out
+    assert getattr(model.config, "sliding_window", None) in (None, 4096)
+
+
+def test_a_family_that_can_not_be_served(capsys, monkeypatch):
+    """A window of its own that the config does not tell of."""
+    model = tiny_model("mistral")
+    monkeypatch.delitem(FAMILIES, "mistral")
+    is_well, out = examined(hooked(scale_by_all, model), capsys)
+    assert not is_well and "it can't be served" in out and "mistral" not in FAMILIES
+    assert "masks 'window': logits differ by up to" in out and "masks 'one': logits differ by" in out

@@ -9,6 +9,8 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
@@ -37,7 +39,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-import modeling_speculator  # noqa: F401  installs the hook
+from modeling_speculator import families  # and its import installs the hook
 
 
 VOCAB = 64
@@ -69,7 +71,7 @@ _GPT2_SIZES = {
     "eos_token_id": None,
 }
 
-# Every family that `families.SUPPORTED_MODEL_TYPES` names; num_key_value_heads < num_attention_heads where it can be.
+# Those that many tests run on; num_key_value_heads < num_attention_heads where it can be. Others: `tiny_config`.
 FAMILIES = {
     "llama": LlamaConfig(**_SIZES),
     "granite": GraniteConfig(
@@ -102,17 +104,96 @@ FAMILIES = {
     "stablelm": StableLmConfig(**_SIZES),
     "starcoder2": Starcoder2Config(**_SIZES, **_WINDOW, use_bias=False),
 }
-# Those that have no sdpa in transformers.
-EAGER_ONLY = ("gemma2", "gpt_oss")
+# What configs call their sizes, in whichever family.
+_EVERY_SIZE = (
+    _SIZES
+    | _GPT2_SIZES
+    | _WINDOW
+    | {
+        "n_inner": 48,
+        "n_ctx": 128,
+        "rotary_dim": 8,
+        "ffn_dim": 48,
+        "ffn_hidden_size": 48,
+        "word_embed_proj_dim": 32,
+        "dim_model_base": 32,
+        # Experts.
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "n_routed_experts": 4,
+        "moe_num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_experts_per_token": 2,
+        "moe_k": 2,
+        "moe_topk": 2,
+        "moe_intermediate_size": 24,
+        "expert_ffn_hidden_size": 24,
+        "shared_intermediate_size": 48,
+        "shared_expert_intermediate_size": 24,
+        "n_shared_experts": 1,
+        "num_shared_experts": 1,
+        "zero_expert_num": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_dense_layers": 1,
+        "moe_layer_start_index": 0,
+        # Attention over compressed keys, whose heads are as many as those of queries.
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "qk_head_dim": 16,
+        "v_head_dim": 8,
+        # Layers of two kinds with sizes of their own.
+        "global_head_dim": 8,
+        "num_global_key_value_heads": 2,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "swa_v_head_dim": 8,
+    }
+)
+_SHARED_KEYS = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _TWO_KINDS["layer_types"] * 2}
+_SPECIAL = {  # what is wanted otherwise
+    "cwm": {"bos_token_id": 0, "eos_token_id": [1], "pad_token_id": 0},
+    "gemma3n_text": _SHARED_KEYS
+    | {
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+    },
+    "gemma4_text": _SHARED_KEYS | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    "granitemoehybrid": {"layer_types": ["attention"] * 2, "mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_head": 8},
+}
+
+
+def tiny_config(model_type: str, masks: str = "one", **changes):
+    """Of any model type, in the sizes that its config knows; of two layers, one of each kind.
+
+    Args:
+        masks: of `families.Family`.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    known = {name for part in config_class.__mro__ for name in getattr(part, "__annotations__", {})}
+    sizes = {name: size for name, size in _EVERY_SIZE.items() if name in known | set(config_class.attribute_map)}
+    if "kv_lora_rank" in known:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if masks == "layer types":
+        sizes |= _TWO_KINDS | ({"use_sliding_window": True} if "use_sliding_window" in known else {})
+    return config_class(**sizes | _SPECIAL.get(model_type, {}) | changes)
 
 
 def tiny_model(family: str, attn_implementation: str = "sdpa", seed: int = 0, one_layer_of_each_kind: bool = False):
     """A random model without special tokens; its weights are so large that greedy text does not loop at once."""
     torch.manual_seed(seed)
-    config = copy.deepcopy(FAMILIES[family])  # a model keeps the one it is given
+    known = FAMILIES.get(family) or tiny_config(family, families.FAMILIES[family].masks)
+    config = copy.deepcopy(known)  # a model keeps the one it is given
     if one_layer_of_each_kind and not getattr(config, "layer_types", None):
         config.num_hidden_layers = 1
-    attn_implementation = "eager" if family in EAGER_ONLY else attn_implementation
+    attn_implementation = attn_implementation if has_sdpa(family) else "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -122,6 +203,12 @@ def tiny_model(family: str, attn_implementation: str = "sdpa", seed: int = 0, on
     model.generation_config.bos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def has_sdpa(family: str) -> bool:
+    """Whether this release of transformers has it for a family, and takes the cap that Gemma 2 puts on its scores."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    return model_class._supports_sdpa and family != "gemma2"
 
 
 def word_tokenizer(words: list[str], **special_tokens: str) -> PreTrainedTokenizerFast:
