@@ -87,6 +87,9 @@ class Cell(nn.Module):
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         """Raises a ValueError where the cell uses layers of the base model, and was trained beside another one."""
 
+    def check_training(self, base_model: PreTrainedModel) -> None:
+        """Raises a ValueError where the base model of a training is not as the cell needs it to learn."""
+
     def check_generation(self, base_model: PreTrainedModel) -> None:
         """Raises a ValueError where the base model of a call of `generate` is not as the cell needs it to draft."""
 

@@ -13,7 +13,7 @@ from .context_vectors import handed_to_cache
 from .drafter_state import at_nodes
 from .drafting import Drafting
 from .emission import Emission
-from .families import attention_windows
+from .families import attention_windows, shares_keys
 from .progress import Progress
 from .request import Request
 from .rows import Rows
@@ -70,6 +70,8 @@ class SpeculativeDecoder:
         )
         # The loop keeps a cache of its own, whether or not the caller wants one.
         model_kwargs = request.model_kwargs | {"use_cache": True}
+        if self.drafting.reads_prompt and shares_keys(self.model):  # it wants all context vectors
+            model_kwargs |= {"logits_to_keep": 0}
         input_ids = request.input_ids.to(self.device).long()
         outputs = run_prompt(self.model, input_ids, request.generation_config, model_kwargs, self.cache)
         self.cache.start_steps(request.prompt_mask.to(self.device), max_nodes, self.is_dense())

@@ -131,8 +131,24 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     config = model.config.get_text_config(decoder=True)
     how = f"{_name(model.dtype)}, {attn_implementation(config)} attention, on {main_device(model)}"
     print(f"\n{type(model).__name__} ({config.model_type}), {how}")
-    if config.model_type not in FAMILIES and obstacle(model) is None and not prove_and_register(model):
+    is_new = config.model_type not in FAMILIES and obstacle(model) is None
+    masks = try_masks(model) if is_new else None
+    if is_new and masks is None:
         return False
+    try:
+        is_well = compare(model, tokenizer, speculator)
+    finally:
+        if is_new and not is_well:
+            del FAMILIES[config.model_type]
+    if is_new and is_well:
+        print("  It is served with this line, before `generate`:")
+        print(f"    modeling_speculator.register_family({config.model_type!r}, {masks!r})")
+    return is_well
+
+
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculator) -> bool:
+    """Compares a tree and some texts with plain decoding."""
+    config = model.config.get_text_config(decoder=True)
     prompts = [encode(text, tokenizer, config.vocab_size) for text in TEXTS]
     input_ids, mask = (part.to(main_device(model)) for part in pad_left(prompts))
     options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
@@ -169,19 +185,18 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     return True
 
 
-def prove_and_register(model: PreTrainedModel) -> bool:
-    """Whether a base model of an unknown type can be served; prints the line with which it is, or what differs."""
+def try_masks(model: PreTrainedModel) -> str | None:
+    """With which masks a base model of an unknown type decodes a tree as it decodes plainly, if any; registers it so,
+    and prints what differs with others."""
     config = model.config.get_text_config(decoder=True)
     print(f"  The model type {config.model_type!r} is not known. Its layers, tried on a tree after random tokens:")
     for trial in trials(model):
         print(f"    masks {trial.masks!r}: {trial.said}")
         if trial.is_right:
             register_family(config.model_type, trial.masks)
-            print("  It is served with this line, before `generate`:")
-            print(f"    modeling_speculator.register_family({config.model_type!r}, {trial.masks!r})")
-            return True
+            return trial.masks
     print("  None of these is what plain decoding computes: it can't be served.")
-    return False
+    return None
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:

@@ -140,6 +140,7 @@ _ALIBI = "it has ALiBi positions, which go by the order of keys in the cache"
 NOT_SERVED = {
     "bloom": _ALIBI,
     "deepseek_v32": _INDEXED,
+    "gpt_neo": "its attention masks keys by their order in the cache, which is free here",
     "deepseek_v4": "its attention reads compressed keys, from which a rejected token can't be taken back",
     "glm_moe_dsa": _INDEXED,
     "lfm2": _CONVOLUTION,
@@ -244,10 +245,18 @@ def mask_kinds(config: PreTrainedConfig) -> tuple[str | None, ...]:
 def final_norm(base_model: PreTrainedModel) -> nn.Module:
     """The norm after the last layer of a base model's decoder, of which context vectors come out."""
     decoder = base_model.get_decoder()
-    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm"):
         if hasattr(decoder, name):
             return getattr(decoder, name)
     raise ValueError(f"The final norm of {type(base_model).__name__} was not found, which streams go through.")
+
+
+def shares_keys(base_model: PreTrainedModel) -> bool:
+    """Whether the last layers of a decoder attend to keys of earlier ones, as Gemma 3n's and small Gemma 4's.
+
+    Where only the last logits are asked for, such layers may leave out all tokens but the last.
+    """
+    return bool(getattr(base_model.config.get_text_config(decoder=True), "num_kv_shared_layers", None))
 
 
 def decoder_layers(base_model: PreTrainedModel) -> nn.ModuleList:
@@ -262,7 +271,13 @@ def decoder_layers(base_model: PreTrainedModel) -> nn.ModuleList:
 
 def check_feature_layers(base_model: PreTrainedModel, feature_layers: Sequence[int]) -> None:
     """Raises a ValueError where a drafter wants to know the input of a layer that a base model does not have."""
-    n_layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+    config = base_model.config.get_text_config(decoder=True)
+    n_layers = config.num_hidden_layers
+    if feature_layers and hasattr(config, "altup_num_inputs"):  # Gemma 3n
+        raise ValueError(
+            f"The layers of {type(base_model).__name__} pass on several states of each token: `feature_layers` can't "
+            "be read. Leave it out."
+        )
     if any(not 0 <= at < n_layers for at in feature_layers):
         raise ValueError(
             f"`feature_layers={list(feature_layers)}` names a layer that {type(base_model).__name__} does not have: "

@@ -76,15 +76,16 @@ def trials(model: PreTrainedModel) -> Iterator[Trial]:
 
 @contextmanager
 def _narrowed(config) -> Iterator[None]:
-    window = getattr(config, "sliding_window", None)
-    if window is None or window <= _WINDOW:
-        yield
-        return
-    config.sliding_window = _WINDOW
+    """All that a config calls a window is short meanwhile."""
+    windows = {name: value for name, value in config.to_dict().items() if "window" in name and type(value) is int}
+    windows = {name: value for name, value in windows.items() if value > _WINDOW}
     try:
+        for name in windows:
+            setattr(config, name, _WINDOW)
         yield
     finally:
-        config.sliding_window = window
+        for name, value in windows.items():
+            setattr(config, name, value)
 
 
 @torch.no_grad()

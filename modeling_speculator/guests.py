@@ -64,10 +64,14 @@ def guests_allowed(base_model, adapted: tuple[tuple[int, str], ...] = ()) -> Ite
         yield
 
 
+_ON_CACHED_ROWS = ("kv_b_proj",)
+
+
 def linear_layers(layer: nn.Module) -> dict[str, tuple[int, int]]:
     """The linear layers of a decoder's layer that run on all its rows, by name: their inputs and outputs.
 
-    Fused or not; but none of or beside a mixture's experts, which are given rows by choice.
+    Fused or not; but none of or beside a mixture's experts, which are given rows by choice, and none that runs on
+    cached rows, too (latent keys, arXiv 2405.04434).
     """
     inner = [f"{name}." for name, part in layer.named_modules() if hasattr(part, "experts") or _wrapped(part)]
     found = {}
@@ -75,6 +79,8 @@ def linear_layers(layer: nn.Module) -> dict[str, tuple[int, int]]:
         if name.startswith(tuple(inner)):
             continue
         part = _wrapped(part) or part
+        if name.rpartition(".")[2] in _ON_CACHED_ROWS:
+            continue
         if isinstance(part, nn.Linear):
             found[name] = (part.in_features, part.out_features)
         elif type(part).__name__ == "Conv1D":  # GPT-2's, with the weight turned

@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from .attention import uses_sdpa
 from .drafter_state import Call
-from .families import decoder_layers, final_norm
+from .families import decoder_layers, final_norm, shares_keys
 from .guests import guests_allowed, linear_layers
 from .modeling_bound import BoundCell, BoundConfig, BoundSpeculator
 from .stream_adapters import FOLDER, LoRA, key_of, path_of_layers, runs_with, save_as_peft
@@ -180,6 +180,15 @@ class StreamingCell(BoundCell):
                     return name
         return None
 
+    def check_training(self, base_model: PreTrainedModel) -> None:
+        layers = decoder_layers(base_model)
+        if self.config.shared_adapter and any(hasattr(part, "base_layer") for part in layers.modules()):
+            raise ValueError(
+                f"{type(base_model).__name__} has an adapter already, beside which one that is shared with streams "
+                "can't be trained. Pass the base model without the streams' own, which they bring along; merge any "
+                "other into it first (`merge_and_unload`)."
+            )
+
     def check_generation(self, base_model: PreTrainedModel) -> None:
         if self.config.shared_adapter and (name := self._lacking(base_model)):
             raise ValueError(
@@ -198,6 +207,8 @@ class StreamingCell(BoundCell):
     def check_base_model(self, base_model: PreTrainedModel) -> None:
         super().check_base_model(base_model)
         layers, config, name = decoder_layers(base_model), self.config, type(base_model).__name__
+        if shares_keys(base_model):
+            raise ValueError(f"The last layers of {name} have no keys of their own, which streams would attend to.")
         attention = attn_implementation(base_model.config.get_text_config(decoder=True))
         if not uses_sdpa(base_model) and attention != "eager":
             raise ValueError(
@@ -280,7 +291,7 @@ class StreamingSpeculator(BoundSpeculator):
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """`PreTrainedModel.save_pretrained`; a shared adapter is also written in peft's format, beside it."""
-        if is_main_process and self.config.adapted and self.config.shared_adapter:
+        if is_main_process and self.config.shared_adapter:
             weights = self.state_dict() if state_dict is None else state_dict
             self._save_adapter(Path(save_directory) / FOLDER, weights)
         return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)

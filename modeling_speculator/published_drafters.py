@@ -51,7 +51,7 @@ class PublishedDrafter:
     @property
     def base_model_name(self) -> str | None:
         """The base model that it was trained for, if it says so."""
-        verifier = self.config.get("speculators_config", {}).get("verifier", {})
+        verifier = (self.config.get("speculators_config") or {}).get("verifier") or {}
         return verifier.get("name_or_path") or self.config.get("base_model_name_or_path")
 
     def beside(
@@ -253,7 +253,7 @@ def _flag(raw: dict, name: str) -> bool:
 
 
 def _tokens_drafted(raw: dict) -> int | None:
-    proposals = raw.get("speculators_config", {}).get("proposal_methods") or [{}]
+    proposals = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
     return proposals[0].get("speculative_tokens")
 
 

@@ -78,7 +78,7 @@ def runs_with(linear: nn.Module, lora: LoRA) -> bool:
         return False
     acting = linear.merged_adapters if linear.merged else linear.active_adapters
     for name in acting:
-        if name not in getattr(linear, "lora_A", {}):
+        if name not in getattr(linear, "lora_A", {}) or getattr(linear, "use_dora", {}).get(name):
             continue
         pairs = ((linear.lora_A[name], lora.lora_A), (linear.lora_B[name], lora.lora_B))
         same_scale = math.isclose(linear.scaling[name], lora.scale, rel_tol=1e-3)

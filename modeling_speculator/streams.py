@@ -63,10 +63,26 @@ class Streams:
         """Whether it has an adapter for a linear layer: another thread's guest may have one where this has none."""
         return 0 <= layer - self.first_layer < len(self.adapters) and name in self.names
 
-    def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """A linear layer's outputs, with what an adapter adds: (batch, rows, outputs)."""
+    def adapt(
+        self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor, batch: int, rows: int, first: int = 0
+    ) -> torch.Tensor:
+        """A linear layer's outputs, with what an adapter adds to those of rows from a `first` one on.
+
+        Args:
+            inputs, outputs: (batch, rows, ...), or (batch * rows, ...), as some layers see them.
+
+        Raises:
+            ValueError: for other shapes, whose rows nobody knows.
+        """
+        if inputs.shape[:-1] not in ((batch, rows), (batch * rows,)):
+            raise ValueError(
+                f"{name} is given {tuple(inputs.shape)} numbers, not those of {rows} rows: set "
+                "`stream_lora_rank: 0` for a base model of this family."
+            )
         adapter = self.adapters[layer - self.first_layer][key_of(name)]
-        return outputs + adapter(inputs).to(outputs.device, outputs.dtype)
+        inputs, apart = inputs.reshape(batch, rows, -1), outputs.reshape(batch, rows, -1)
+        added = adapter(inputs[:, first:]).to(outputs.device, outputs.dtype)
+        return torch.cat([apart[:, :first], apart[:, first:] + added], dim=1).view(outputs.shape)
 
     def own_mask(self, n: int, columns: int, device: torch.device) -> torch.Tensor:
         """(n * streams, columns) bool: which of the streams of n places each attends to."""
@@ -98,7 +114,7 @@ class _UpperLayers(Guest):
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         if self.streams is None or not self.streams.adapts(layer, name):
             return outputs
-        return self.streams.adapt(layer, name, inputs, outputs)
+        return self.streams.adapt(layer, name, inputs, outputs, *self.rows.shape[:2])
 
 
 class _MainStream(DynamicLayer):

@@ -141,8 +141,8 @@ class StreamsOfNodes(Guest):
     def adapt(self, layer: int, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         if not self.streams.adapts(layer, name):
             return outputs
-        nodes, streams = outputs[:, : self.n_nodes], outputs[:, self.n_nodes :]
-        return torch.cat([nodes, self.streams.adapt(layer, name, inputs[:, self.n_nodes :], streams)], dim=1)
+        rows = self.n_nodes * (1 + len(self.streams))
+        return self.streams.adapt(layer, name, inputs, outputs, len(self.tree.input_ids), rows, first=self.n_nodes)
 
     def leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As many rows as have entered the model, which some reshape by: those of pruned nodes are zero."""

@@ -22,6 +22,7 @@ from modeling_speculator import command_line
 from modeling_speculator.command_line import flags_of, last_lines, positive, run_script, say_end
 from modeling_speculator.loading import load_base_model
 from modeling_speculator.measuring import benchmarking, evaluation
+from modeling_speculator.model_cards.provenance_file import read_provenance
 from modeling_speculator.precision import PRECISIONS, keep_precision
 from modeling_speculator.stream_adapters import FOLDER as ADAPTER
 from modeling_speculator.trainers import DataArguments, load_texts, pack
@@ -186,6 +187,7 @@ def measure(folder: Path, base_model: PreTrainedModel, prompts: torch.Tensor, te
         accepted = evaluation.accepted_drafts(drafter, written.starts(drafter), written.labels)
         steps, tokens = evaluation.simulate_steps(accepted, (written.labels != -100).sum(-1))
         row[name] = tokens / steps
+    row["training_seconds"] = sum(read_provenance(stage)["seconds"] for stage in stages)
     for stage in stages:
         history = json.loads((stage / "trainer_state.json").read_text())["log_history"]
         row["losses"][stage.name] = [[log["step"], log["loss"]] for log in history if "loss" in log]

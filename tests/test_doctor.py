@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 from tiny_models import VOCAB, character_tokenizer, tiny_model
-from transformers import GenerationMixin
+from transformers import GenerationMixin, GPTNeoConfig, GPTNeoForCausalLM
 
 from modeling_speculator import MLPSpeculatorConfig, MLPSpeculatorPreTrainedModel, doctor
 from modeling_speculator.doctor import examine
-from modeling_speculator.families import FAMILIES
+from modeling_speculator.families import FAMILIES, NOT_SERVED
 from modeling_speculator.family_proof import compare_tree
 
 
@@ -142,3 +142,19 @@ def test_a_family_that_can_not_be_served(capsys, monkeypatch):
     is_well, out = examined(hooked(scale_by_all, model), capsys)
     assert not is_well and "it can't be served" in out and "mistral" not in FAMILIES
     assert "masks 'window': logits differ by up to" in out and "masks 'one': logits differ by" in out
+
+
+def test_a_family_whose_texts_part(capsys, monkeypatch):
+    """GPT-Neo masks keys by their order in the cache: a first tree after a short prompt does not show it."""
+    monkeypatch.delitem(NOT_SERVED, "gpt_neo")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256}
+    config = GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=256, intermediate_size=48)
+    model = GPTNeoForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.3)
+    model.generation_config.eos_token_id = None
+    is_well, out = examined(model, capsys)
+    assert not is_well and "register_family" not in out and "gpt_neo" not in FAMILIES

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import FAMILIES
-from transformers import GPTBigCodeConfig, LlamaConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPTBigCodeConfig,
+    GptOssConfig,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from modeling_speculator.trainers import dry_run
 
@@ -74,6 +83,82 @@ def test_shipped_recipes(tmp_path, target):
         assert int(gigabytes) == round(memory)
         assert memory < 75  # of 80
         assert report["for"].startswith("8 x ") and report["warnings"] == []
+
+
+TODAYS = {  # config, and parameters of the base model
+    "qwen3-8b": (
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_key_value_heads=8,
+            max_position_embeddings=40960,
+        ),
+        "8.191 B",
+    ),
+    "granite-4.0-micro": (
+        GraniteMoeHybridConfig(
+            vocab_size=100352,
+            hidden_size=2560,
+            intermediate_size=8192,
+            shared_intermediate_size=8192,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            layer_types=["attention"] * 40,
+            tie_word_embeddings=True,
+            max_position_embeddings=131072,
+        ),
+        "3.403 B",
+    ),
+    "mistral-small-24b": (
+        MistralConfig(
+            vocab_size=131072,
+            hidden_size=5120,
+            intermediate_size=32768,
+            num_hidden_layers=40,
+            num_key_value_heads=8,
+            head_dim=128,
+            sliding_window=None,
+            max_position_embeddings=32768,
+        ),
+        "23.572 B",
+    ),
+    "gemma-3-12b": (
+        Gemma3Config(
+            text_config=Gemma3TextConfig(
+                vocab_size=262208,
+                hidden_size=3840,
+                intermediate_size=15360,
+                num_hidden_layers=48,
+                num_attention_heads=16,
+                num_key_value_heads=8,
+                head_dim=256,
+                sliding_window=1024,
+                max_position_embeddings=131072,
+            )
+        ),
+        "11.862 B",  # with a vision tower that is smaller than its own
+    ),
+    "gpt-oss-20b": (GptOssConfig(num_hidden_layers=24, num_local_experts=32), "20.915 B"),
+}
+
+
+@pytest.mark.parametrize("target", TODAYS)
+def test_recipes_of_a_context_speculator(tmp_path, target):
+    """One stage; its header says what is printed."""
+    config, size = TODAYS[target]
+    config.save_pretrained(tmp_path)
+    recipe = RECIPES / target / "context.yaml"
+    report = dry_run(["--config", str(recipe), "--base_model", str(tmp_path), "--dry_run", "--dry_run_gpus", "8"])
+    assert size in report["base model"] and report["warnings"] == []
+    said = re.search(r"of ([\d.]+) hours on 8 H100s, (\d+) GiB each, for ([\d.]+ M) parameters", recipe.read_text())
+    memory = report["... with FSDP2"]
+    assert (float(said[1]), int(said[2])) == (report["hours, estimated"], round(memory)) and memory < 75
+    assert said[3] in report["speculator"]
 
 
 def test_the_quickstarts_recipes(tmp_path, monkeypatch):

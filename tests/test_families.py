@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import trainings
 import transformers
+from drafters import context_speculator, eagle3_speculator, streaming_speculator
+from test_drafter_state import SAME, farthest, speculate
 from tiny_models import VOCAB, has_sdpa, prompts, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -16,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from modeling_speculator import families, transformers_api
 from modeling_speculator.families import AROUND_A_TEXT_MODEL, FAMILIES, Family, register_family
 from modeling_speculator.measuring.oracle import Oracle
+from modeling_speculator.trainers import SpeculatorTrainer
 
 
 # Those of tiny_models.FAMILIES are what most other tests run on.
@@ -47,19 +51,53 @@ def test_the_text_is_the_models_own(model_type, attention):
         assert tokens_per_step(model, "static") > 1.5
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen3", "ministral3", "olmo3"])
+@pytest.mark.parametrize("model_type", ["mistral", "ministral3", "phimoe"])
 def test_a_wrong_line_is_found(model_type, monkeypatch):
     """As one mask they would differ silently."""
     model = tiny_model(model_type)
     monkeypatch.setitem(FAMILIES, model_type, Family(""))
-    with pytest.raises((AssertionError, TypeError)):
-        assert tokens_per_step(model) > 1.5
+    with pytest.raises(AssertionError):
+        tokens_per_step(model)
 
 
 def test_most_are_here():
     """But for those that a later release has, or an earlier one had."""
     assert len(HERE) + len(tiny_models.FAMILIES) > 70
     assert tiny_models.FAMILIES.keys() <= FAMILIES.keys()
+
+
+@pytest.mark.parametrize("model_type", HERE)
+def test_two_steps_of_stage_1(model_type, tmp_path):
+    args = trainings.arguments(tmp_path, max_steps=2, save_strategy="no", eval_strategy="no", logging_steps=1)
+    lengths = {"prompt_length": 4, "generation_length": 8}
+    data = trainings.rows(16, 12)
+    trainer = SpeculatorTrainer(trainings.speculator(), tiny_model(model_type), args, train_dataset=data, **lengths)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+# Latent keys, products over rows of a whole batch, keys of earlier layers, a norm of another name.
+@pytest.mark.parametrize("make", [context_speculator, eagle3_speculator, streaming_speculator])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "opt", "jetmoe", "gemma4_text", "biogpt", "glm4_moe"])
+def test_drafters_that_read_texts(model_type, make):
+    model = tiny_model(model_type)
+    speculator = make(model)
+    if make is streaming_speculator and model_type == "gemma4_text":
+        with pytest.raises(ValueError, match="have no keys of their own"):
+            model.generate(**prompts(), assistant_model=speculator)
+        return
+    oracle, out = speculate(model, speculator, prompts())
+    assert farthest(oracle, out) < SAME
+
+
+def test_layers_that_pass_on_several_states():
+    model = tiny_model("gemma3n_text")
+    with pytest.raises(ValueError, match="several states of each token"):
+        model.generate(**prompts(), assistant_model=context_speculator(model))
+    speculator = context_speculator(model, feature_layers=[])
+    oracle, out = speculate(model, speculator, prompts())
+    assert farthest(oracle, out) < SAME
 
 
 TEXT_MODELS = {
@@ -128,6 +166,7 @@ REFUSED = {
     "qwen2_vl": "several rows",
     "qwen2_5_vl": "several rows",
     "qwen3_vl": "several rows",
+    "gpt_neo": "by their order in the cache",
     "bloom": "ALiBi",
     "mpt": "ALiBi",
     "xglm": "it is not known",

@@ -169,6 +169,7 @@ VARIANTS = {
     "EAGLE-3.1": {"form": "layers", "norm_before_fc": True, "norm_output": True, "norm_before_residual": True},
     "a norm each": {"form": "layers", "fc_norm": True},
     "the whole vocabulary": {"drafted": VOCAB},
+    "nulls": {"speculators_config": None, "eagle_config": None},
     "layers named": {"form": "layers", "eagle_aux_hidden_state_layer_ids": [1, 3, 6]},
     "layers named by SGLang": {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4, 4]}},
 }

@@ -37,10 +37,14 @@ def test_shipped_recipes_are_valid(path):
         assert model.speculator == parse_recipe(["--config", str(path.with_stem("stage1"))])[2].output_dir
 
 
+LAYERS = {"llama2-13b": 40, "codellama-13b": 40, "granite-20b": 52, "smollm2-135m": 30, "qwen3-8b": 36}
+LAYERS |= {"granite-4.0-micro": 40, "mistral-small-24b": 40, "gemma-3-12b": 48, "gpt-oss-20b": 24}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/context.yaml")), ids=lambda path: path.parent.name)
 def test_recipes_of_context_speculators(path):
     """Of features that EAGLE-3 takes; in one stage."""
-    layers = {"llama2-13b": 40, "codellama-13b": 40, "granite-20b": 52, "smollm2-135m": 30}.get(path.parent.name, 32)
+    layers = LAYERS.get(path.parent.name, 32)
     model, data, training = parse_recipe(["--config", str(path)])
     assert (model.method, training.stage, model.speculator) == ("context", 2, None)
     assert model.feature_layers == [2, layers // 2, layers - 3]
@@ -93,7 +97,7 @@ FROM_ELSEWHERE = {  # what commands write that no recipe trains: measurements, s
         "converted",
         "comparison",
     ),
-    *("mine", "my-adapter", "gpu", "stories", "stories260K", "quickstart", "smollm2-135m"),
+    *("field", "streams", "mine", "my-adapter", "gpu", "stories", "stories260K", "quickstart", "smollm2-135m"),
 }
 
 

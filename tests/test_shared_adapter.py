@@ -20,6 +20,8 @@ from modeling_speculator.loading import load_speculator, load_speculator_and_bas
 from modeling_speculator.model_cards.repository import collect
 from modeling_speculator.modeling_streaming import StreamingConfig
 from modeling_speculator.trainers.objective import Objective
+from modeling_speculator.trainers.run_folder import delete_training
+from modeling_speculator.trainers.speculator_trainer import check_layers_of_the_base_model
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -147,3 +149,19 @@ def test_a_repository_holds_the_adapter(tmp_path):
     (tmp_path / "streams/adapter/adapter_config.json").unlink()
     with pytest.raises(ValueError, match="lacks the adapter of its base model"):
         collect(tmp_path / "streams", "org/streams", base_model="org/base")
+
+
+def test_it_is_not_trained_beside_another_adapter(tmp_path):
+    """Nor beside its own in the base model, where nothing of it would be trained."""
+    model = tiny_model("llama")
+    speculator, adapted = shared(model, tmp_path)
+    speculator.speculator.check_training(model)
+    with pytest.raises(ValueError, match="Pass the base model without the streams' own"):
+        check_layers_of_the_base_model(speculator, adapted.base_model.model)
+    check_layers_of_the_base_model(speculator, adapted.merge_and_unload())
+
+
+def test_a_training_is_deleted_with_its_adapter(tmp_path):
+    shared(tiny_model("llama"), tmp_path)
+    delete_training(tmp_path)
+    assert not (tmp_path / "adapter").exists()

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check_positions
 from ..context_vectors import Reading, recorded_states
-from ..families import output_logits
+from ..families import output_logits, shares_keys
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def read(
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     options = {"position_ids": position_ids, "attention_mask": attention_mask}
     options = {name: value for name, value in options.items() if value is not None}
-    if "logits_to_keep" in inspect.signature(base_model.forward).parameters:
+    if "logits_to_keep" in inspect.signature(base_model.forward).parameters and not shares_keys(base_model):
         options["logits_to_keep"] = 1  # of the logits, which nobody asked for
     # The whole model is called, not its decoder: what gathers sharded weights hangs on it.
     with recorded_states(base_model, feature_layers) as states, torch.autocast(input_ids.device.type, enabled=False):

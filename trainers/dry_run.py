@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ..checks import check_positions, check_shapes
 from ..context_vectors import Reading
@@ -68,7 +69,9 @@ def _find_data(data: DataArguments) -> None:
 
 
 def _dry_run(model_args, data, training, config, dtype: torch.dtype, speculator_config) -> dict:
-    base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    with no_init_weights():  # of which some look at numbers
+        base_model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    base_model.tie_weights()
     speculator = DRAFTERS[type(speculator_config)](speculator_config)
     check_shapes(base_model, speculator)
     speculator.speculator.fit(base_model)

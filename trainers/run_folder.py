@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from ..model_cards.provenance_file import FILE, SHARDS, WEIGHTS, weights_in
+from ..stream_adapters import FOLDER as ADAPTER
 from .checkpoints import checkpoints
 
 
@@ -13,6 +14,7 @@ _STATE = "trainer_state.json"
 _WRITTEN = (
     *(WEIGHTS, SHARDS, f"{WEIGHTS}.index.json", "config.json", "generation_config.json"),
     *("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *(f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"),
     *(_STATE, "training_args.bin", "train_results.json", "eval_results.json", "all_results.json"),
     *(FILE, f"{FILE}.unfinished", RECORD, f"{RECORD}.unfinished", LOG),
 )
@@ -35,7 +37,7 @@ def delete_training(folder: Path) -> None:
     for events in list(runs.rglob(_EVENTS)):
         events.unlink()
     below = sorted((path for path in runs.rglob("*") if path.is_dir()), reverse=True)  # the innermost first
-    for path in [*below, runs]:
+    for path in [*below, runs, folder / ADAPTER]:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 

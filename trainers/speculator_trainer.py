@@ -301,6 +301,7 @@ def check_layers_of_the_base_model(model: PreTrainedModel, base_model: PreTraine
             "`shard_base_model: false`."
         )
     cell.check_base_model(base_model)
+    cell.check_training(base_model)
     return cell
 
 

@@ -70,7 +70,7 @@ class ModelArguments:
         None, "LAYERS", "method streaming: of the base model, that streams run through (default: the last quarter)"
     )
     stream_lora_rank: int | None = option(
-        None, "RANK", "likewise: of the adapters that act on streams alone, 0 for none (default: 8)"
+        None, "RANK", "likewise: of the adapters on the layers' products, 0 for none (default: 8)"
     )
     exit_rank: int | None = option(
         None, "RANK", "likewise: of a head that can prune trees below the streams (default: 0, none)"

@@ -54,11 +54,12 @@ def expand_methods(
     methods, drafters = [], drafters | {LOOKUP: PromptLookup(LOOKUP_TOKENS)}
     for name in names:
         form, _, what = name.rpartition(":")
-        what, plus, branch = what.partition("+")
+        branch = what.endswith(f"+{LOOKUP}")
+        what = what.removesuffix(f"+{LOOKUP}")
         if (
             what not in (*METHODS, *drafters)
             or form not in ("", *FORMS)
-            or (plus and (branch != LOOKUP or not is_drafter(drafters.get(what))))
+            or (branch and not is_drafter(drafters.get(what)))
         ):
             known = [*METHODS, *(drafter for drafter in drafters if drafter not in METHODS)]
             raise ValueError(
