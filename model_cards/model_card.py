@@ -13,6 +13,16 @@ TAGS = ["speculative-decoding", "speculator", "mlp_speculator"]
 CURVE_POINTS = 8
 _NEUTRAL = {"top_p": 1.0, "top_k": 0}
 _STAGES = {1: "on text", 2: "on what the base model writes itself"}
+_NAMES = {  # of a form, and the paper that it is of; others are MLP speculators
+    "medusa": ("Medusa heads", "2401.10774"),
+    "eagle": ("An EAGLE layer", "2401.15077"),
+    "eagle 3": ("An EAGLE-3 layer", "2503.01840"),
+    "hydra": ("Hydra heads", "2402.05109"),
+    "hydra++": ("Hydra++ heads", "2402.05109"),
+    "redrafter": ("A recurrent drafter", "2403.09919"),
+    "streaming": ("Speculative Streaming", "2402.11131"),
+}
+_NO_VOCABULARY = ("residual", "context", "eagle", "streaming")
 _TOLD_OF_A_PART = ("processes", "git_revision")  # of what is not an argument or a version
 _PROMPT = {True: "def quicksort(numbers):", False: "The capital of France is"}
 
@@ -57,6 +67,7 @@ def render_card(
         base_model=base_model,
         at_revision=f', revision="{config.base_model_revision}"' if config.base_model_revision else "",
         config=config,
+        form=form_of(config),
         parameters=f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M",
         prompt=_PROMPT[about_code],
         acceptance=acceptance_section(acceptance) if acceptance else None,
@@ -65,6 +76,18 @@ def render_card(
         provenance=provenance_lines(config, provenance),
     )
     return str(card)
+
+
+def form_of(config) -> dict:
+    """What a drafter is called, the paper that it is of, and whether it has no embeddings nor LM heads."""
+    kind = config.method
+    if kind == "eagle" and config.feature_layers:
+        kind = "eagle 3"
+    if kind == "hydra" and config.prefix_layer:
+        kind = "hydra++"
+    name, paper = _NAMES.get(kind, ("An MLP speculator", "2404.19124"))
+    has_own = getattr(config, "own_embeddings", False) or getattr(config, "own_lm_head", False)
+    return {"name": name, "paper": paper, "has_no_vocabulary": config.method in _NO_VOCABULARY and not has_own}
 
 
 def eval_results(acceptance: dict) -> list[EvalResult]:

@@ -7,7 +7,8 @@ import pytest
 from hub_server import problems_of
 from huggingface_hub import ModelCard
 
-from modeling_speculator import MLPSpeculatorConfig
+from modeling_speculator import MedusaConfig, MLPSpeculatorConfig
+from modeling_speculator.drafters import ContextConfig, EagleConfig, HydraConfig, ReDrafterConfig, StreamingConfig
 from modeling_speculator.model_cards import render_card
 
 
@@ -154,3 +155,33 @@ def test_where_all_texts_loop_there_is_no_figure(config):
 def test_figures_of_an_earlier_version_do_not_say_how_many_texts_there_were(config):
     before = {key: value for key, value in ACCEPTANCE.items() if key not in ("texts", "categories", "sampled")}
     assert "| greedy | 10 | 1.875 | 3 | 2.000 |" in render_card("org/name", config, 1, acceptance=before)
+
+
+FORMS = {
+    "sum_rnn": (MLPSpeculatorConfig, {}, "An MLP speculator ([arXiv 2404.19124]", False),
+    "medusa": (MedusaConfig, {}, "Medusa heads ([arXiv 2401.10774]", False),
+    "context": (ContextConfig, {}, "An MLP speculator ([arXiv 2404.19124]", True),
+    "eagle": (EagleConfig, {}, "An EAGLE layer ([arXiv 2401.15077]", True),
+    "eagle 3": (EagleConfig, {"feature_layers": [1]}, "An EAGLE-3 layer ([arXiv 2503.01840]", True),
+    "eagle 3, read": (EagleConfig, {"feature_layers": [1], "own_lm_head": True}, "An EAGLE-3 layer", False),
+    "hydra": (HydraConfig, {}, "Hydra heads ([arXiv 2402.05109]", False),
+    "hydra++": (HydraConfig, {"prefix_layer": True}, "Hydra++ heads ([arXiv 2402.05109]", False),
+    "redrafter": (ReDrafterConfig, {}, "A recurrent drafter ([arXiv 2403.09919]", False),
+    "streaming": (StreamingConfig, {}, "Speculative Streaming ([arXiv 2402.11131]", True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_card_says_what_it_is(form):
+    config_class, options, name, has_no_vocabulary = FORMS[form]
+    config = config_class(vocab_size=64, emb_dim=128, base_model_name_or_path="org/base", **options)
+    card = render_card("org/drafter", config, 1000)
+    assert name in card and ("It has no vocabulary" in card) == has_no_vocabulary
+    assert "The output is the base model's own" in card and "load_adapter" not in card
+
+
+def test_a_card_of_streams_with_a_shared_adapter():
+    config = StreamingConfig(vocab_size=64, emb_dim=128, base_model_name_or_path="org/base", shared_adapter=True)
+    card = render_card("org/streams", config, 1000)
+    assert "with the adapter that lies here" in card and "The output is the base model's own" not in card
+    assert 'model.load_adapter("org/streams", adapter_kwargs={"subfolder": "adapter"})\nspeculator = ' in card
