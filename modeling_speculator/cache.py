@@ -125,7 +125,42 @@ class SpeculativeLayer(CacheLayerMixin):
         return self.slots.capacity
 
 
-class SpeculativeCache(Cache):
+class CatchesStates:
+    """What a cache takes from the forwards that use it.
+
+    Attributes:
+        caught: what the last one has made, (batch, tokens, hidden_size): what entered some layers, by their number,
+            and what the decoder returned, by None.
+        keeps_prompt: whether what all forwards of the prefill make is wanted, and not of the last one only.
+    """
+
+    def catch_nothing(self, keeps_prompt: bool) -> None:
+        """At the beginning."""
+        self.caught, self.keeps_prompt = {}, keeps_prompt
+        self.parts: dict[int | None, list[torch.Tensor]] = {}  # of the prefill, by forward
+
+    @property
+    def is_prefill(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def context_vectors(self) -> torch.Tensor:
+        """(batch, nodes, hidden_size), of the forward that used this cache."""
+        return self.caught[None]
+
+    def catch(self, layer: int | None, hidden_states: torch.Tensor) -> None:
+        """Takes what a forward has made; of a prompt in several parts, all of it."""
+        if self.keeps_prompt and self.is_prefill:
+            self.parts.setdefault(layer, []).append(hidden_states)
+        self.caught[layer] = hidden_states
+
+    def join_parts(self) -> None:
+        """Ends the prefill."""
+        for layer in list(self.parts):
+            self.caught[layer] = torch.cat(self.parts.pop(layer), dim=1)
+
+
+class SpeculativeCache(CatchesStates, Cache):
     """A preallocated cache in which every row of the batch has a length of its own.
 
     Use: run the prefill, call `start_steps`, then for every step `prepare_step`, a forward of the base model, `keep`.
@@ -155,8 +190,7 @@ class SpeculativeCache(Cache):
         guest_slots: Mapping[int, int] = MappingProxyType({}),
     ):
         self.slots = Slots(capacity)
-        self.caught, self.keeps_prompt = {}, keeps_prompt
-        self.parts: dict[int | None, list[torch.Tensor]] = {}  # of the prefill, by forward
+        self.catch_nothing(keeps_prompt)
         self.windows = windows
         layers = [] if past is None else past.layers  # of an empty `DynamicCache()` there are none
         super().__init__(
@@ -181,8 +215,7 @@ class SpeculativeCache(Cache):
         """
         batch, length = attention_mask.shape
         device = attention_mask.device
-        for layer in list(self.parts):
-            self.caught[layer] = torch.cat(self.parts.pop(layer), dim=1)
+        self.join_parts()
         self.slots.rows = torch.arange(batch, device=device)[:, None]
         # The column of the text that each slot's key stands for, -1 where it is padding, empty or was rejected.
         # Windows count columns, padding and all, as the masks of transformers do.
@@ -199,15 +232,8 @@ class SpeculativeCache(Cache):
         self.ignore = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
 
     @property
-    def context_vectors(self) -> torch.Tensor:
-        """(batch, nodes, hidden_size), of the forward that used this cache."""
-        return self.caught[None]
-
-    def catch(self, layer: int | None, hidden_states: torch.Tensor) -> None:
-        """Takes what a forward has made; of a prompt in several parts, all of it."""
-        if self.keeps_prompt and self.slots.nodes is None:
-            self.parts.setdefault(layer, []).append(hidden_states)
-        self.caught[layer] = hidden_states
+    def is_prefill(self) -> bool:
+        return self.slots.nodes is None
 
     def prepare_step(
         self, tree: CandidateTree, root_column: torch.Tensor, in_use: int

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .cache import SpeculativeCache
+from .cache import CatchesStates
 from .families import decoder_layers
 from .shared_hooks import shared_hooks
 from .transformers_api import cache_of
@@ -37,7 +37,7 @@ def _listen_after(decoder):
 def _listen(at: int, layer):
     def hand_over(module, args, kwargs) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, SpeculativeCache):
+            if isinstance(value, CatchesStates):
                 value.catch(at, entering(args, kwargs))
 
     return layer.register_forward_pre_hook(hand_over, with_kwargs=True)
@@ -45,7 +45,7 @@ def _listen(at: int, layer):
 
 def _hand_over(module, args, output) -> None:
     cache = cache_of(output)
-    if isinstance(cache, SpeculativeCache):
+    if isinstance(cache, CatchesStates):
         cache.catch(None, output.last_hidden_state)
 
 

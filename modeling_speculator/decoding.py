@@ -61,13 +61,9 @@ class SpeculativeDecoder:
 
     def prefill(self) -> None:
         """Runs the prompt the model's own way, into our cache, and emits the first token."""
-        request, config, capacity = self.request, self.model.config.get_text_config(decoder=True), self.capacity()
-        windows, storage = attention_windows(config), self.reusable_storage()
+        request, capacity = self.request, self.capacity()
         depth, max_nodes = self.drafting.depth, self.drafting.max_nodes
-        keeps_prompt, guest_slots = self.drafting.reads_prompt, self.drafting.guest_slots
-        self.cache = SpeculativeCache(
-            config.num_hidden_layers, capacity, windows, request.past, storage, keeps_prompt, guest_slots
-        )
+        self.cache = self.make_cache(capacity)
         # The loop keeps a cache of its own, whether or not the caller wants one.
         model_kwargs = request.model_kwargs | {"use_cache": True}
         if self.drafting.reads_prompt and shares_keys(self.model):  # it wants all context vectors
@@ -85,6 +81,15 @@ class SpeculativeDecoder:
             self.hidden_states.append(outputs.hidden_states)
         self.emit(self.bare_root, outputs.logits[:, -1:])
         self.drafting.read_prompt(self.cache, self.rows, request.prompt_mask)
+
+    def make_cache(self, capacity: int) -> SpeculativeCache:
+        """For so many slots a row."""
+        config, request = self.model.config.get_text_config(decoder=True), self.request
+        windows, storage = attention_windows(config), self.reusable_storage()
+        keeps_prompt, guest_slots = self.drafting.reads_prompt, self.drafting.guest_slots
+        return SpeculativeCache(
+            config.num_hidden_layers, capacity, windows, request.past, storage, keeps_prompt, guest_slots
+        )
 
     def decode(self) -> None:
         """Draft, verify, accept and keep, until every row has ended.
@@ -150,12 +155,16 @@ class SpeculativeDecoder:
         """Emits the accepted tokens, keeps their keys and values, and frees the slots of the others."""
         kept = self.emit(tree, logits)
         self.drafting.state.extend(self.verified, self.cache, root_column)
-        self.cache.keep(self.verified.nodes, kept, root_column)
+        self.keep(kept, root_column)
         if self.trace is not None:
             self.trace.record(tree, logits, self.verified)
         if self.request.returns("hidden_states"):
             nodes = self.verified.nodes  # (batch, depth + 1)
             self.hidden_states.append(tuple(at_nodes(layer, nodes) for layer in outputs.hidden_states))
+
+    def keep(self, kept: torch.Tensor, root_column: torch.Tensor) -> None:
+        """Keeps the first nodes (batch,) of the accepted path in the cache."""
+        self.cache.keep(self.verified.nodes, kept, root_column)
 
     def emit(self, tree: CandidateTree, logits: torch.Tensor) -> torch.Tensor:
         """Accepts a path, writes its tokens, and moves the root to the last of them; how many nodes are kept."""

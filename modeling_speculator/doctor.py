@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import transformers_api
 from .checks import check_models, main_device
 from .command_line import parser_of
-from .families import FAMILIES, obstacle, register_family
+from .families import CHAINS, FAMILIES, has_recurrent_state, obstacle, register_family
 from .family_proof import ROUNDING, compare_tree, trials
 from .loading import load_base_model, load_drafter
 from .measuring.benchmarking import machine
@@ -131,7 +131,7 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
     config = model.config.get_text_config(decoder=True)
     how = f"{_name(model.dtype)}, {attn_implementation(config)} attention, on {main_device(model)}"
     print(f"\n{type(model).__name__} ({config.model_type}), {how}")
-    is_new = config.model_type not in FAMILIES and obstacle(model) is None
+    is_new = config.model_type not in (*FAMILIES, *CHAINS) and obstacle(model) is None
     masks = try_masks(model) if is_new else None
     if is_new and masks is None:
         return False
@@ -147,30 +147,38 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculator) -> bool:
-    """Compares a tree and some texts with plain decoding."""
+    """Compares a tree and some texts with plain decoding; of what verifies chains, texts alone, one by one."""
     config = model.config.get_text_config(decoder=True)
     prompts = [encode(text, tokenizer, config.vocab_size) for text in TEXTS]
-    input_ids, mask = (part.to(main_device(model)) for part in pad_left(prompts))
-    options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    drafter = speculator
-    with tqdm(desc="examining", total=3, unit="part", leave=False) as progress:
-        if drafter is None:
-            plain = model.generate(input_ids, attention_mask=mask, do_sample=False, **options)
-            drafter = Oracle(model, plain, mask, p_right=0.7)
-        check_models(model, drafter)
-        progress.update()
-        tree = compare_tree(model, torch.tensor(prompts[:1], device=main_device(model)))
-        progress.update()
-        rows = compare_greedy(model, drafter, input_ids, mask, **options)
-        progress.update()
-    print(f"  A tree's logits are those of each path alone up to {tree.difference:.1e}, of up to {tree.largest:.1f}.")
-    print(f"  Another token is the most probable at {tree.other_choices} of {tree.nodes} nodes.")
+    by_chains = has_recurrent_state(model)
+    batches = [[prompt] for prompt in prompts] if by_chains else [prompts]
+    options, rows = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}, []
+    with tqdm(desc="examining", total=1 + len(batches), unit="part", leave=False) as progress:
+        tree = None
+        for batch in batches:
+            input_ids, mask = (part.to(main_device(model)) for part in pad_left(batch))
+            drafter = speculator
+            if drafter is None:
+                plain = model.generate(input_ids, attention_mask=mask, do_sample=False, **options)
+                drafter = Oracle(model, plain, mask, p_right=0.7, n_candidates=1 if by_chains else 5)
+            check_models(model, drafter)
+            if tree is None and not by_chains:
+                tree = compare_tree(model, torch.tensor(prompts[:1], device=main_device(model)))
+                progress.update()
+            rows += compare_greedy(model, drafter, input_ids, mask, **options)
+            progress.update()
+        largest = tree.largest if tree else largest_logit(model, input_ids)
+    if tree:
+        print(f"  A tree's logits are those of each path up to {tree.difference:.1e}, of up to {tree.largest:.1f}.")
+        print(f"  Another token is the most probable at {tree.other_choices} of {tree.nodes} nodes.")
+    else:
+        print("  It has a recurrent state, and verifies chains: `speculator.config.n_candidates = 1`.")
     same, yields = sum(row.identical for row in rows), statistics.mean(row.tokens_per_step for row in rows)
     print(f"  Greedy texts of {NEW_TOKENS} tokens that are the same with a speculator: {same} of {len(rows)}.")
     drafts = "the speculator's drafts" if speculator else "drafts that are right 7 times in 10"
     print(f"  ({yields:.2f} tokens per step, with {drafts}.)")
-    margin = max([tree.margin, *(row.gap for row in rows if not row.identical)])
-    if margin > ROUNDING * tree.largest:
+    margin = max([tree.margin if tree else 0.0, *(row.gap for row in rows if not row.identical)])
+    if margin > ROUNDING * largest:
         print(
             f"  They part where plain decoding prefers its own token by up to {margin:.1e}, which is no rounding. "
             "Something in this model looks at how many tokens are run, or only at the last one: an adapter, a hook, "
@@ -183,6 +191,12 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, speculat
             "any two batch sizes."
         )
     return True
+
+
+@torch.no_grad()
+def largest_logit(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
+    """After a prompt (1, length)."""
+    return float(model(input_ids=input_ids).logits.float().abs().max())
 
 
 def try_masks(model: PreTrainedModel) -> str | None:

@@ -134,7 +134,7 @@ AROUND_A_TEXT_MODEL = {
 
 _INDEXED = "its attention reads the tokens that an indexer picks, whose own cache the loop does not keep"
 _SEVERAL_ROWS = "its positions have several rows, one for each axis of an image"
-_CONVOLUTION = "its convolutions keep a state, from which a rejected token can't be taken back"
+_NO_CONTINUATION = "its forward goes on from a recurrent state with one token at a time, so that no draft is verified"
 _ALIBI = "it has ALiBi positions, which go by the order of keys in the cache"
 # Why some are not served, where `check_family` does not find it in the config.
 NOT_SERVED = {
@@ -142,29 +142,56 @@ NOT_SERVED = {
     "deepseek_v32": _INDEXED,
     "gpt_neo": "its attention masks keys by their order in the cache, which is free here",
     "deepseek_v4": "its attention reads compressed keys, from which a rejected token can't be taken back",
+    "falcon_mamba": _NO_CONTINUATION,
     "glm_moe_dsa": _INDEXED,
-    "lfm2": _CONVOLUTION,
-    "lfm2_moe": _CONVOLUTION,
+    "jamba": _NO_CONTINUATION,
     "llama4_text": "some of its layers attend within chunks of the text, a pattern that the loop has no mask for",
+    "mamba": _NO_CONTINUATION,
     "mpt": _ALIBI,
     "qwen2_5_vl_text": _SEVERAL_ROWS,
     "qwen2_vl_text": _SEVERAL_ROWS,
     "qwen3_vl_moe_text": _SEVERAL_ROWS,
     "qwen3_vl_text": _SEVERAL_ROWS,
 }
+# Those with a recurrent state whose forward goes on from it with several tokens at once: they verify chains.
+CHAINS = {
+    "bamba": "ibm-ai-platform/Bamba-9B-v2",
+    "falcon_h1": "tiiuae/Falcon-H1-7B-Instruct",
+    "granitemoehybrid": "ibm-granite/granite-4.0-h-small",
+    "lfm2": "LiquidAI/LFM2-1.2B",
+    "lfm2_moe": "LiquidAI/LFM2-8B-A1B",
+    "nemotron_h": "nvidia/NVIDIA-Nemotron-Nano-9B-v2",
+    "olmo_hybrid": "allenai/Olmo-Hybrid-7B",
+    "qwen3_5_moe_text": "Qwen/Qwen3.5-35B-A3B",
+    "qwen3_5_text": "Qwen/Qwen3.5-9B",
+    "qwen3_next": "Qwen/Qwen3-Next-80B-A3B-Instruct",
+    "zamba2": "Zyphra/Zamba2-7B-Instruct",
+}
 # What layers may be called that attend to tokens, and keep nothing but their keys and values.
 _ATTENTION = {"attention", "full_attention", "sliding_attention"}
 _STATES = {"conv", "linear_attention", "mamba", "recurrent"}  # and that keep a state of all tokens before
 
 
+def has_recurrent_state(model: PreTrainedModel) -> bool:
+    """Whether some layers keep a state of all tokens before, in place of their keys and values."""
+    config = model.config.get_text_config(decoder=True)
+    kinds, others = _kinds_of_layers(config)
+    return not _STATES.isdisjoint(others) or (is_stateful(model) and bool(others or not kinds))
+
+
+def _kinds_of_layers(config: PreTrainedConfig) -> tuple[set[str], list[str]]:
+    """All, and those that are no attention to tokens."""
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    return kinds, sorted(kinds - _ATTENTION)
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Why the loop can't serve base models of a type, if that is known."""
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    others = sorted(kinds - _ATTENTION)
     if config.model_type in NOT_SERVED:
         return NOT_SERVED[config.model_type]
-    if not _STATES.isdisjoint(others) or (is_stateful(model) and (others or not kinds)):
+    if config.model_type not in CHAINS and has_recurrent_state(model):
+        others = _kinds_of_layers(config)[1]
         of = f", in layers of type {', '.join(others)}" if others else ""
         return f"it has a recurrent state{of}, from which a rejected token can't be taken back"
     return _ALIBI if getattr(config, "alibi", False) else None
@@ -173,7 +200,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
 def check_family(model: PreTrainedModel) -> None:
     """Raises a ValueError where the loop does not know how a base model's decoder attends, or knows that it can't."""
     config, name, reason = model.config.get_text_config(decoder=True), type(model).__name__, obstacle(model)
-    if reason is None and config.model_type not in FAMILIES:
+    if reason is None and config.model_type not in FAMILIES and config.model_type not in CHAINS:
         reason = (
             "it is not known. `python -m modeling_speculator.doctor --base_model ...` finds out whether it can be "
             "served, and how; docs/families.md lists those that are"
@@ -210,8 +237,8 @@ def register_family(model_type: str, masks: str = "one", like: str | None = None
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Of a text model's config, whose type is one of the table."""
-    return FAMILIES[config.model_type]
+    """Of a text model's config, whose type is one of the table; of what verifies chains, which need no mask, any."""
+    return FAMILIES.get(config.model_type) or Family(CHAINS[config.model_type])
 
 
 def attention_windows(config: PreTrainedConfig) -> dict[str | None, int | None]:

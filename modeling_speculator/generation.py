@@ -10,9 +10,11 @@ import torch
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .chains import ChainDecoder, check_chain
 from .checks import check_models, check_options, check_request
 from .decoding import SpeculativeDecoder
 from .drafters import is_drafter
+from .families import has_recurrent_state
 from .request import Request
 from .static_decoding import StaticDecoder
 from .statistics import SpeculationStatistics
@@ -85,11 +87,19 @@ class SpeculativeGenerationMixin(GenerationMixin):
             synced_gpus=bool(synced_gpus),
         )
         check_request(self, request)
-        decoder = (StaticDecoder if request.is_static else SpeculativeDecoder)(self, assistant_model, request)
+        decoder = decoder_for(self, assistant_model, request)
         decoder.run()
         output = build_output(decoder)
         decoder.retire()
         return output
+
+
+def decoder_for(model, assistant_model, request: Request) -> SpeculativeDecoder:
+    """What serves a call."""
+    if has_recurrent_state(model):
+        check_chain(model, assistant_model, request)
+        return ChainDecoder(model, assistant_model, request)
+    return (StaticDecoder if request.is_static else SpeculativeDecoder)(model, assistant_model, request)
 
 
 _HOOKED = ("_validate_generation_mode", "_assisted_decoding")

@@ -32,7 +32,7 @@ def main() -> None:
         "--base_model_archs", nargs="+", metavar="CLASS", help="arctic: of base models (default: its own one's)"
     )
     parser.add_argument(
-        "--base_model", metavar="FOLDER_OR_ID", help="modeling_speculator: the one it is for, if it does not say"
+        "--base_model", metavar="FOLDER_OR_ID", help="modeling_speculator: the one it is for (default: what it says)"
     )
     args = parser.parse_args()
     if args.output.is_dir() and any(args.output.iterdir()):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from test_chains import hybrid
 from tiny_models import VOCAB, character_tokenizer, tiny_model
 from transformers import GenerationMixin, GPTNeoConfig, GPTNeoForCausalLM
 
@@ -158,3 +159,8 @@ def test_a_family_whose_texts_part(capsys, monkeypatch):
     model.generation_config.eos_token_id = None
     is_well, out = examined(model, capsys)
     assert not is_well and "register_family" not in out and "gpt_neo" not in FAMILIES
+
+
+def test_a_model_that_verifies_chains(capsys):
+    is_well, out = examined(hybrid("qwen3_next"), capsys)
+    assert is_well and "verifies chains" in out and "the same with a speculator: 4 of 4" in out
