@@ -101,7 +101,8 @@ def test_trainings_of_a_sweep_are_in_one_dtype(monkeypatch, tmp_path):
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").touch()
     monkeypatch.setattr(sweep, "run", lambda stage, flags: ran.append(flags["precision"]))
-    monkeypatch.setattr(sweep, "held_out_texts", lambda args: (None, {}))
+    monkeypatch.setattr(sweep, "held_out_prompts", lambda args: (None, None))
+    monkeypatch.setattr(sweep, "written_after", lambda prompts, base_model: {})
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", lambda jobs: pytest.exit("enough"))
     flags = ["--variants", str(RECIPES / "sweeps/heads.yaml"), "--output_dir", str(tmp_path / "sweep")]
     flags += ["--base_model", str(tmp_path / "model"), "--corpus", str(tmp_path)]
