@@ -33,7 +33,6 @@ class ChainCache(CatchesStates, DynamicCache):
 
     def start_steps(self, attention_mask: torch.Tensor, max_nodes: int, dense: bool = False) -> None:
         self.join_parts()
-        self.slots.rows = torch.arange(len(attention_mask), device=attention_mask.device)[:, None]
         self.commit()
 
     def catch(self, layer: int | None, hidden_states: torch.Tensor) -> None:
@@ -86,9 +85,15 @@ class ChainDecoder(SpeculativeDecoder):
 
     def decode(self) -> None:
         super().decode()
-        self.settle_last()
-        if self.again is not None:
-            self.run_again()
+        if self.request.generation_config.return_dict_in_generate:  # the cache is handed back
+            self.settle_last()
+            if self.again is not None:
+                self.run_again()
+
+    @property
+    def allows_inference_mode(self) -> bool:
+        """Its cache is handed back as it is, and must hold ordinary tensors."""
+        return False
 
     def is_dense(self) -> bool:
         return True
@@ -142,7 +147,7 @@ class ChainDecoder(SpeculativeDecoder):
 
 def check_chain(model, speculator, request) -> None:
     """Raises a ValueError for what can't be done beside a recurrent state."""
-    config = speculator.config
+    config, kinds = speculator.config, getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     is_chain = config.n_candidates <= 1 and getattr(config, "n_tree_nodes", None) is None
     is_chain &= config.n_predict == 0 or not getattr(config, "n_lookup_tokens", 0)
     obstacles = {
@@ -152,6 +157,7 @@ def check_chain(model, speculator, request) -> None:
         "padding would change it: pass the prompt without": not bool(request.prompt_mask.all()),
         "there is no static cache of it: drop `cache_implementation`": request.is_static,
         "`output_hidden_states` is not supported beside it": request.returns("hidden_states"),
+        "its attention forgets what leaves a window, which can't be taken back": "sliding_attention" in kinds,
         "streams can't run beside it": not getattr(speculator, "drafts_after_prompt", True),
     }
     for reason in (reason for reason, is_so in obstacles.items() if is_so):

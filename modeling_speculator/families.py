@@ -175,6 +175,8 @@ _STATES = {"conv", "linear_attention", "mamba", "recurrent"}  # and that keep a 
 def has_recurrent_state(model: PreTrainedModel) -> bool:
     """Whether some layers keep a state of all tokens before, in place of their keys and values."""
     config = model.config.get_text_config(decoder=True)
+    if config.model_type in CHAINS and config.model_type not in FAMILIES:
+        return True
     kinds, others = _kinds_of_layers(config)
     return not _STATES.isdisjoint(others) or (is_stateful(model) and bool(others or not kinds))
 
